@@ -1,7 +1,10 @@
 "Every public name of fastrain: `from fastrain.all import *`"
 from fastrain.core import *
+from fastrain.pixels import *
 from fastrain.data import *
 from fastrain.backbones import *
+from fastrain.stems import *
+from fastrain.features import *
 from fastrain.models import *
 from fastrain.attacks import *
 from fastrain.losses import *

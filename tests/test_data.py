@@ -15,9 +15,10 @@ from fasttransform import Transform
 from PIL import Image
 from torch import nn
 
-from fastrain import data
+from fastrain import data, pixels
 from fastrain.core import set_seed
-from fastrain.data import CropFlip, SafeUnpickler, crop_flip, decode_images, get_dls, list_images, load_pickle, pick, read_cifar, read_tiny
+from fastrain.data import SafeUnpickler, get_dls, list_images, load_cifar_pickle, pick, read_cifar, read_tiny
+from fastrain.pixels import CropFlip, crop_flip, decode_images
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*holds .* training and test images', 'ignore:load_learner')
 
@@ -235,11 +236,11 @@ def test_pick_takes_what_there_is():
 # --- cache
 
 def test_cache_is_used_rebuilt_and_follows_changes(folder, monkeypatch):
-    calls, plain = [], data.decode_images
-    monkeypatch.setattr(data, 'decode_images', lambda *a, **k: calls.append(1) or plain(*a, **k))
+    calls, plain = [], pixels.decode_images
+    for module in (pixels, data): monkeypatch.setattr(module, 'decode_images', lambda *a, **k: calls.append(1) or plain(*a, **k))
     x = small(folder).train.images.x
     assert torch.equal(small(folder).train.images.x, x) and len(calls) == 1
-    file, = data.cache_dir().iterdir()
+    file, = pixels.cache_dir().iterdir()
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.warns(UserWarning, match='damaged'): assert torch.equal(small(folder).train.images.x, x)
     assert torch.equal(small(folder).train.images.x, x) and len(calls) == 2
@@ -333,7 +334,7 @@ def test_a_malicious_pickle_is_refused(tmp_path, protocol):
 
 def test_the_unpickler_reads_every_protocol():
     a = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    for p in range(5): assert np.array_equal(load_pickle(pickle.dumps({'data': a}, p), 'x')['data'], a)
+    for p in range(5): assert np.array_equal(load_cifar_pickle(pickle.dumps({'data': a}, p), 'x')['data'], a)
     for bad in (b'cbuiltins\neval\n.', b'cnumpy\nload\n.', b'cnumpy.core.multiarray\nndarray\n.'):
         with pytest.raises(pickle.UnpicklingError, match='which no data set needs'): SafeUnpickler(io.BytesIO(bad)).load()
 

@@ -10,9 +10,10 @@ from fastai.learner import Learner
 from torch import nn
 
 from fastrain.core import save_tensors
-from fastrain.models import (Backbone, FeatureCapture, Normalize, adapt_stem, backbone_splitter, clean_state_dict, create_backbone,
-                             describe_backbone, excess_reduction, find_classifier, load_weights, logits_and_features, n_features,
-                             n_outputs, reduction_levels)
+from fastrain.features import FeatureCapture, find_classifier, logits_and_features, n_features, n_outputs
+from fastrain.models import (Backbone, PixelNormalize, backbone_splitter, clean_state_dict, create_backbone, describe_backbone,
+                             load_weights)
+from fastrain.stems import adapt_stem, excess_reduction, reduction_levels
 
 # name: width of the features, last map at 32 pixels, last map at 64 pixels
 BACKBONES = dict(
@@ -137,7 +138,7 @@ def test_normalisation(x):
 
 def test_bad_normalisation():
     for mean,std in (([.5], [.5, .5]), ([.5], [0.])):
-        with pytest.raises(ValueError, match='mean and std'): Normalize(mean, std)
+        with pytest.raises(ValueError, match='mean and std'): PixelNormalize(mean, std)
 
 def test_copies(x):
     model = create_backbone('resnet10t', 10, mean=[.5]*3, std=[.2]*3).eval()
@@ -237,7 +238,7 @@ def _models():
     yield 'convolution over a map', lambda: squeezenet1_0(num_classes=5), 512
     yield 'fastai timm', lambda: create_timm_model('resnet10t', 5, pretrained=False)[0], 512
     yield 'fastai xresnet', lambda: xresnet18(n_out=5), 512
-    yield 'sequence', lambda: nn.Sequential(Normalize([.5]*3, [.2]*3), timm.create_model('test_vit', num_classes=5, img_size=32)), 64
+    yield 'sequence', lambda: nn.Sequential(PixelNormalize([.5]*3, [.2]*3), timm.create_model('test_vit', num_classes=5, img_size=32)), 64
     yield 'parallel', lambda: nn.DataParallel(timm.create_model('test_resnet', num_classes=5)), 96
     yield 'tokens', Tokens, 6
     yield 'declared', Declares, 8
@@ -278,7 +279,7 @@ def test_hook_is_removed_after_an_error(resnet):
     assert not find_classifier(resnet)._forward_pre_hooks
 
 @pytest.mark.parametrize('make', [lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), lambda: timm.create_model('test_vit', num_classes=0),
-                                  lambda: nn.Sequential(Normalize([.5]*3, [.5]*3), timm.create_model('test_vit', num_classes=0))])
+                                  lambda: nn.Sequential(PixelNormalize([.5]*3, [.5]*3), timm.create_model('test_vit', num_classes=0))])
 def test_no_classifier(make):
     with pytest.raises(ValueError, match='has no classifier to take features from'): find_classifier(make())
     assert n_outputs(make()) is None

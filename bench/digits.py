@@ -1,0 +1,26 @@
+"""The digits table over several seeds, as `fastrain train` makes it for one: `python bench/digits.py --out runs/seeds --result bench/results/digits.json`.
+
+A folder that exists is resumed, so an interrupted measurement continues."""
+import json
+from pathlib import Path
+
+from fastcore.script import call_parse
+
+from fastrain.core import save_json
+from fastrain.recipes import make_recipe
+from fastrain.run import environment, resume_run, train_run
+
+@call_parse
+def main(
+    out:str='runs/seeds', # Folder for a run per seed
+    result:str='runs/digits.json', # File for all records
+    seeds:str='1,2,3', # Seeds, comma-separated
+    methods:str='standard,at,at+train,trades,trades+train' # Methods, comma-separated
+):
+    "Train the digits recipe with each seed and collect the records"
+    records = []
+    for seed in map(int, seeds.split(',')):
+        folder = Path(out)/str(seed)
+        run = resume_run(folder) if (folder/'settings.json').exists() else train_run(folder, make_recipe(seed=seed), methods.split(','))
+        records += [dict(r, seed=seed) for r in run]
+    save_json(result, dict(recipe=make_recipe().settings(), environment=environment(), records=records))

@@ -1,0 +1,395 @@
+"What one batch costs, that M and M' are exactly what they would be alone, and what is recorded"
+import csv
+
+import pytest
+import torch
+from fastai.callback.progress import CSVLogger
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import Adam
+from torch import nn
+from torch.nn import functional as F
+
+from conftest import Backwards, Call, Forwards, digit_dls, digits, hooks, make_learner, net, plain_dls, quick, quietly, same, snapshot
+from fastrain.attacks import PGD
+from fastrain.callback import TRAINCallback
+from fastrain.core import set_seed
+from fastrain.data import get_dls
+from fastrain.evaluate import RobustAccuracy
+from fastrain.losses import AT, TRADES, Natural
+from fastrain.features import logits_and_features
+from fastrain.relations import Topology, topology_loss
+from fastrain.schedules import LambdaSchedule, printed, torch_sgd
+from fastrain.standard import CoTrained, Frozen
+
+losses = dict(at=AT, trades=TRADES)
+opts = dict(adam=(Adam, 3e-3), sgd=(torch_sgd, .05))
+
+def fit(cb=None, main=None, n_epoch=2, opt='adam', method='fit_one_cycle', n=32, seed=0, cbs=(), metrics=accuracy, double=False, **kwargs):
+    "A fresh learner on the same batches, trained; everything random starts from `seed`"
+    opt_func,lr = opts[opt]
+    dls = digit_dls(n, seed=seed, double=double)
+    learn = make_learner(dls, net(1) if main is None else main, [*([cb] if cb else []), *cbs], metrics, opt_func=opt_func, **kwargs)
+    if double: learn.remove_cbs([learn.progress, learn.recorder]) # fastai's recorder takes float32 alone
+    set_seed(seed)
+    return quietly(learn, n_epoch, lr, method)
+
+# --- work
+
+class Work:
+    "Forwards and backwards of each training batch, by model"
+    def __init__(self, **models):
+        self.models,self.rows = models,[]
+        self.forwards,self.backwards = {n: Forwards(m) for n,m in models.items()},Backwards()
+    def _now(self):
+        return {n: (self.forwards[n].n, self.backwards.input_only[w], self.backwards.full[w]) for n,m in self.models.items() for w in [m.conv2.weight.data_ptr()]}
+    def start(self, learn):
+        if learn.training: self.before = self._now()
+    def stop(self, learn):
+        if learn.training: self.rows.append({n: tuple(b - a for a,b in zip(self.before[n], v)) for n,v in self._now().items()})
+    def run(self, learn, n_epoch=1):
+        with self.backwards: quietly(learn, n_epoch, cbs=[Call('before_batch', self.start, -100, 'a'), Call('after_batch', self.stop, 100, 'b')])
+        assert self.rows and all(r == self.rows[0] for r in self.rows)
+        return self.rows[0]
+
+@pytest.mark.parametrize('robust, expected', [('at', (4+1, 4, 1)), ('trades', (4+3, 4, 2))]) # TRADES' one backward passes both of its forwards
+@pytest.mark.parametrize('policy', ['none', 'cotrained', 'frozen'])
+def test_work_per_batch(robust, expected, policy):
+    main,std = net(1),net(2)
+    standard = dict(none=None, cotrained=std, frozen=Frozen(std))[policy]
+    work = Work(main=main, std=std).run(make_learner(digit_dls(), main, TRAINCallback(standard, robust=losses[robust](), attack=quick(4))))
+    assert work == dict(main=expected, std=dict(none=(0, 0, 0), cotrained=(1, 0, 1), frozen=(1, 0, 0))[policy])
+
+def test_one_backward_per_batch(monkeypatch):
+    calls,backward = [],torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, 'backward', lambda self, *args, **kwargs: (calls.append(1), backward(self, *args, **kwargs))[1])
+    fit(TRAINCallback(net(2), robust=TRADES(), attack=quick()), n_epoch=1)
+    assert len(calls) == 4
+
+def test_natural_training_makes_no_attack():
+    class Never(PGD):
+        def __call__(self, *args, **kwargs): raise AssertionError('attacked')
+    main = net(1)
+    assert Work(main=main).run(make_learner(digit_dls(), main, TRAINCallback(None, robust=Natural(), attack=Never())))['main'] == (1, 0, 1)
+
+def test_attack_sees_eval_mode_and_leaves_train_mode():
+    modes = []
+    class Watch(PGD):
+        def __call__(self, model, *args, **kwargs):
+            stats = {k: v.clone() for k,v in model.state_dict().items()}
+            modes.append(model.training)
+            out = super().__call__(model, *args, **kwargs)
+            assert same(stats, dict(model.state_dict())) and model.training and all(p.grad is None or not p.grad.any() for p in model.parameters())
+            return out
+    main = net(1, drop=.5)
+    fit(TRAINCallback(None, attack=Watch(.1, .05, 2)), main, n_epoch=1)
+    assert modes == [True]*4 and main.bn1.num_batches_tracked == 4 # one update per batch, none of the attack
+
+# --- M is what it would be alone
+
+def alone(std, opt='adam', n_epoch=2, method='fit_one_cycle', **kwargs): return fit(main=std, opt=opt, n_epoch=n_epoch, method=method, **kwargs)
+
+@pytest.mark.parametrize('robust', losses)
+@pytest.mark.parametrize('opt', opts)
+@pytest.mark.parametrize('method', ['fit', 'fit_one_cycle'])
+def test_standard_model_is_that_trained_alone(opt, robust, method):
+    cb = TRAINCallback(net(2), robust=losses[robust](), attack=quick())
+    fit(cb, net(1, width=6, drop=.3), opt=opt, method=method)
+    want = alone(net(2), opt=opt, method=method)
+    assert same(snapshot(cb.standard_learner.model), snapshot(want.model)) # weights and BatchNorm buffers, bit for bit
+    assert same(cb.standard_learner.opt.state_dict()['state'], want.opt.state_dict()['state'])
+    assert not same(snapshot(want.model), snapshot(net(2)))
+
+def test_weight_decay_follows():
+    cb = TRAINCallback(net(2), attack=quick())
+    fit(cb, opt='sgd', wd=.1, wd_bn_bias=True, moms=(.8,)*3)
+    want = alone(net(2), opt='sgd', wd=.1, wd_bn_bias=True, moms=(.8,)*3)
+    assert same(snapshot(cb.standard_learner.model), snapshot(want.model))
+    assert not same(snapshot(want.model), snapshot(alone(net(2), opt='sgd', wd=0.).model))
+
+def test_undetached_graph_does_reach_the_standard_model(): # or the tests above would prove nothing
+    cb = TRAINCallback(net(2), attack=quick(), relation=Topology(detach=False))
+    fit(cb)
+    assert not same(snapshot(cb.standard_learner.model), snapshot(alone(net(2)).model))
+
+@pytest.mark.parametrize('robust', losses)
+def test_no_gradient_from_adversarial_loss_to_standard_model(robust):
+    std,seen = net(2),[]
+    def look(learn):
+        if not learn.training: return
+        cb = learn.train_cb
+        grads = torch.autograd.grad(cb._objective(cb.views), [*std.parameters()], allow_unused=True, retain_graph=True)
+        seen.append(all(g is None for g in grads))
+    fit(TRAINCallback(std, robust=losses[robust](), attack=quick()), cbs=[Call('after_loss', look, 7)], n_epoch=1)
+    assert seen == [True]*4
+
+# --- M' is what it would be alone
+
+@pytest.mark.parametrize('robust', losses)
+@pytest.mark.parametrize('standard', ['module', 'name'])
+def test_lam_0_is_plain_adversarial_training(robust, standard):
+    std = net(2) if standard == 'module' else 'resnet10t_16'
+    cb = TRAINCallback(std, robust=losses[robust](), attack=quick(), lam=0)
+    with_train = fit(cb, net(1, drop=.3))
+    plain = fit(TRAINCallback(None, robust=losses[robust](), attack=quick()), net(1, drop=.3))
+    assert same(snapshot(with_train.model), snapshot(plain.model))
+    assert same(with_train.opt.state_dict()['state'], plain.opt.state_dict()['state'])
+    l_tp = with_train.recorder.values[-1][with_train.recorder.metric_names.index('l_tp') - 1]
+    assert l_tp > 0 # measured all the same
+    other = fit(TRAINCallback(std if standard == 'name' else net(2), robust=losses[robust](), attack=quick(), lam=5), net(1, drop=.3))
+    assert not same(snapshot(other.model), snapshot(plain.model))
+
+def loop(robust, eps=.1, alpha=.05, steps=2, lam=0., n_epoch=2, lr=.05):
+    "Adversarial training in plain PyTorch, as the papers print it; in float64, as rounding decides the sign of TRADES' first gradients"
+    dls,main,std = digit_dls(double=True),net(1).double(),net(2).double()
+    opt = torch.optim.SGD(main.parameters(), lr, momentum=.9, weight_decay=5e-4)
+    std_opt = torch.optim.SGD(std.parameters(), lr, momentum=.9, weight_decay=5e-4)
+    set_seed(0)
+    for _ in range(n_epoch):
+        main.train(); std.train()
+        for x,y in dls.train:
+            main.eval()
+            if robust == 'trades':
+                x_adv,target = x + .001*torch.randn_like(x),main(x).softmax(1).detach()
+                loss = lambda z: F.kl_div(z.log_softmax(1), target, reduction='sum')
+            else:
+                x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
+                loss = lambda z: F.cross_entropy(z, y, reduction='sum')
+            for _ in range(steps):
+                x_adv.requires_grad_()
+                g, = torch.autograd.grad(loss(main(x_adv)), x_adv)
+                x_adv = (x_adv.detach() + alpha*g.sign()).clamp(x - eps, x + eps).clamp(0, 1)
+            main.train()
+            if robust == 'trades':
+                nat = main(x)
+                z,features = logits_and_features(main, x_adv)
+                total = F.cross_entropy(nat, y) + 6*F.kl_div(z.log_softmax(1), nat.softmax(1), reduction='batchmean')
+            else:
+                z,features = logits_and_features(main, x_adv)
+                total = F.cross_entropy(z, y)
+            std_z,anchor = logits_and_features(std, x)
+            if lam: total = total + lam*topology_loss(anchor.detach(), features)
+            for loss_,o in ((total, opt), (F.cross_entropy(std_z, y), std_opt)):
+                o.zero_grad()
+                loss_.backward()
+                o.step()
+        for _ in dls.valid: pass # loaders draw a number each time they start
+    return main,std
+
+@pytest.mark.parametrize('robust', losses)
+@pytest.mark.parametrize('lam', [0., 5.])
+def test_equals_a_plain_loop(robust, lam):
+    main,std = loop(robust, lam=lam)
+    cb = TRAINCallback(net(2).double() if lam else None, robust=losses[robust](), attack=quick(), lam=lam)
+    learn = fit(cb, net(1).double(), opt='sgd', method='fit', wd=5e-4, wd_bn_bias=True, double=True)
+    for k,v in snapshot(main).items(): torch.testing.assert_close(learn.model.state_dict()[k], v, rtol=0, atol=1e-10)
+    if lam: assert same(snapshot(cb.standard_learner.model), snapshot(std))
+
+def test_loops_differ(): # or the tolerance above would be too wide
+    states = [snapshot(loop(robust, lam=lam)[0])['fc.weight'] for robust in losses for lam in (0., 5.)]
+    assert min((a - b).abs().max() for i,a in enumerate(states) for b in states[:i]) > 1e-3
+
+# --- what is recorded
+
+def column(learn, name): return [v[learn.recorder.metric_names.index(name) - 1] for v in learn.recorder.values]
+
+def test_columns(tmp_path):
+    learn = fit(TRAINCallback(net(2), attack=quick()), cbs=[CSVLogger('log.csv')], path=tmp_path)
+    names = ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'robust_loss', 'l_tp', 'lambda', 'std_accuracy', 'time']
+    assert list(learn.recorder.metric_names) == names
+    rows = list(csv.DictReader(open(tmp_path/'log.csv')))
+    assert list(rows[0]) == names and len(rows) == 2
+    for n in names[1:-1]: assert [float(r[n]) for r in rows] == pytest.approx(column(learn, n), rel=1e-6)
+    assert column(learn, 'lambda') == [5, 5] and min(column(learn, 'l_tp')) > 0
+    assert list(learn.metrics.attrgot('name')) == ['accuracy'] # the columns are there only while it trains
+
+@pytest.mark.parametrize('cb, names', [(lambda: TRAINCallback(None, attack=quick()), ['robust_loss']),
+    (lambda: TRAINCallback(net(2), relation=False, attack=quick()), ['robust_loss', 'std_accuracy']), (lambda: TRAINCallback(None, robust=Natural()), ['robust_loss'])])
+def test_fewer_columns(cb, names):
+    assert list(fit(cb()).recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', *names, 'time']
+
+def test_recorded_values_are_means_of_the_batches():
+    terms = []
+    def keep(learn):
+        if learn.training: terms.append({k: v.item() for k,v in learn.train_cb.terms.items()} | dict(lam=learn.train_cb.lam(learn.pct_train, learn.epoch), loss=float(learn.loss)))
+    learn = fit(TRAINCallback(net(2), robust=TRADES(), attack=quick(), lam=LambdaSchedule(3., 'printed')), cbs=[Call('after_loss', keep, 6)])
+    for epoch in range(2):
+        rows = terms[4*epoch:4*epoch+4]
+        assert column(learn, 'robust_loss')[epoch] == pytest.approx(sum(r['ce'] + r['kl'] for r in rows)/4, rel=1e-5)
+        assert column(learn, 'l_tp')[epoch] == pytest.approx(sum(r['l_tp'] for r in rows)/4, rel=1e-5)
+        assert column(learn, 'lambda')[epoch] == pytest.approx(sum(3*printed(100*(4*epoch + i)/8) for i in range(4))/4, rel=1e-6)
+    for r in terms: assert r['loss'] == pytest.approx(r['ce'] + r['kl'] + r['lam']*r['l_tp'], rel=1e-5)
+
+def test_lambda_by_epoch():
+    learn = fit(TRAINCallback(net(2), attack=quick(), lam=LambdaSchedule(20., 'printed', by='epoch')), n_epoch=3)
+    assert column(learn, 'lambda') == pytest.approx([20*printed(e) for e in (1, 2, 3)])
+
+def test_validation_sees_natural_images():
+    seen = []
+    def look(learn):
+        if not learn.training: seen.append(learn.xb[0].clone())
+    learn = fit(TRAINCallback(net(2), attack=quick()), cbs=[Call('after_loss', look, 90)], n_epoch=1)
+    x,y = digits('test', 24)
+    assert torch.equal(torch.cat(seen), x)
+    with torch.no_grad(): z = learn.model.eval()(x)
+    assert column(learn, 'valid_loss')[0] == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-5)
+    assert column(learn, 'accuracy')[0] == pytest.approx((z.argmax(1) == y).float().mean().item())
+
+def test_standard_accuracy():
+    cb = TRAINCallback(net(2), attack=quick())
+    learn = fit(cb, n=64, n_epoch=3)
+    x,y = digits('test', 24)
+    with torch.no_grad(): want = (cb.standard_learner.model.eval()(x).argmax(1) == y).float().mean().item()
+    assert column(learn, 'std_accuracy')[-1] == pytest.approx(want)
+
+# --- ways to attach
+
+def test_learner_or_fit():
+    a,b = TRAINCallback(net(2), attack=quick()),TRAINCallback(net(2), attack=quick())
+    one = fit(a, method='fit')
+    two = make_learner(digit_dls(), net(1))
+    set_seed(0)
+    quietly(two, 2, opts['adam'][1], cbs=b)
+    assert same(snapshot(one.model), snapshot(two.model)) and same(snapshot(a.standard_learner.model), snapshot(b.standard_learner.model))
+    assert list(two.metrics.attrgot('name')) == ['accuracy'] and not hasattr(two, 'train_cb')
+    before = snapshot(two.model)
+    quietly(two) # the callback is gone: this is standard training
+    assert list(two.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time'] and not same(before, snapshot(two.model))
+
+def test_second_fit_continues():
+    cb = TRAINCallback(net(2), attack=quick())
+    learn = fit(cb, n_epoch=1, method='fit')
+    opt = cb.standard_learner.opt
+    steps = opt.state[cb.standard_learner.model.fc.weight]['step']
+    quietly(learn, 1, 3e-3)
+    assert cb.standard_learner.opt is opt and opt.state[cb.standard_learner.model.fc.weight]['step'] == 2*steps == 8
+    want = alone(net(2), n_epoch=1, method='fit')
+    quietly(want, 1, 3e-3)
+    assert same(snapshot(cb.standard_learner.model), snapshot(want.model))
+
+# --- policies
+
+def test_standard_by_name():
+    cb = TRAINCallback('resnet10t_16', attack=quick())
+    learn = make_learner(digit_dls(), net(1), cb)
+    with pytest.raises(ValueError, match='made when `fit` starts'): cb.standard_learner
+    quietly(learn)
+    assert cb.standard_learner.model.settings['name'] == 'resnet10t_16' and cb.standard_learner.model.settings['n_classes'] == 10
+    assert isinstance(cb.standard_learner, Learner)
+    with cb.standard_learner.no_bar(): loss,acc = cb.standard_learner.validate()
+    assert acc == pytest.approx(column(learn, 'std_accuracy')[-1])
+
+def test_standard_learner_of_ones_own():
+    own = make_learner(digit_dls(), net(2), opt_func=torch_sgd)
+    cb = TRAINCallback(own, attack=quick())
+    fit(cb)
+    assert cb.standard_learner is own and own.opt.__class__.__name__ == 'OptimWrapper' and not same(snapshot(own.model), snapshot(net(2)))
+
+def test_warmup():
+    cb = TRAINCallback(CoTrained(net(2), warmup=2), attack=quick())
+    epochs = []
+    learn = fit(cb, n_epoch=1, method='fit', cbs=[Call('before_epoch', lambda learn: epochs.append(learn.epoch))])
+    assert epochs == [0] and cb.standard_learner.model.bn1.num_batches_tracked == 3*4
+    quietly(learn)
+    assert cb.standard_learner.model.bn1.num_batches_tracked == 4*4 # only once
+    plain = TRAINCallback(net(2), attack=quick(), lam=0)
+    warm = TRAINCallback(CoTrained(net(2), warmup=2), attack=quick(), lam=0)
+    assert same(snapshot(fit(plain).model), snapshot(fit(warm).model)) # M' sees the same batches and the same starts
+
+def test_warmup_is_one_cycle_alone():
+    keep = []
+    cb = TRAINCallback(CoTrained(net(2), warmup=2, warmup_lr=3e-3), attack=quick())
+    fit(cb, cbs=[Call('before_batch', lambda learn: keep.append(snapshot(cb.standard_learner.model)))], n_epoch=1)
+    assert same(keep[0], snapshot(alone(net(2)).model))
+
+def test_frozen():
+    std,modes = net(2, drop=.5),[]
+    std.conv1.weight.requires_grad_(False)
+    std.register_forward_pre_hook(lambda m, inp: modes.append((m.training, torch.is_grad_enabled())))
+    before = snapshot(std)
+    learn = fit(TRAINCallback(Frozen(std), attack=quick()), n_epoch=1)
+    assert same(before, snapshot(std)) and all(p.grad is None for p in std.parameters())
+    assert not any(t for t,_ in modes) and len(modes) == 4 + 3 # of 4 training and 3 validation batches
+    assert [p.requires_grad for p in std.parameters()].count(False) == 1
+    assert min(column(learn, 'l_tp')) > 0
+
+def test_own_learning_rate():
+    lrs = []
+    def look(learn): lrs.append((learn.opt.hypers[-1]['lr'], learn.train_cb.standard_learner.opt.hypers[0]['lr']))
+    own = make_learner(digit_dls(), net(2), lr=1e-4)
+    fit(TRAINCallback(CoTrained(own, follow=False), attack=quick()), cbs=[Call('after_step', look, 90)])
+    assert len({a for a,_ in lrs}) == 8 and {b for _,b in lrs} == {1e-4}
+    lrs.clear()
+    fit(TRAINCallback(CoTrained(net(2)), attack=quick()), cbs=[Call('after_step', look, 90)])
+    assert all(a == b for a,b in lrs) and len(lrs) == 8
+
+def test_another_optimizer():
+    cb = TRAINCallback(CoTrained(net(2), opt_func=torch_sgd, follow=False), attack=quick())
+    assert fit(cb).opt.__class__.__name__ == 'Optimizer' and cb.standard_learner.opt.__class__.__name__ == 'OptimWrapper'
+
+def test_modes_of_the_standard_model():
+    modes = []
+    cb = TRAINCallback(net(2), attack=quick())
+    fit(cb, cbs=[Call('after_loss', lambda learn: modes.append((learn.training, cb.standard_learner.model.training)), 90)])
+    assert set(modes) == {(True, True), (False, False)}
+
+# --- RobustAccuracy
+
+class Spy:
+    "An attack that keeps what it is shown"
+    steps = 7
+    def __init__(self): self.seen = []
+    def __call__(self, model, x, y):
+        self.seen.append((x.clone(), y.clone()))
+        return (x + .1*torch.randn_like(x)).clamp(0, 1)
+
+@pytest.mark.parametrize('n, count', [(None, 24), (10, 10), (1, 1), (100, 24)])
+def test_robust_accuracy_attacks_the_same_images(n, count):
+    spy = Spy()
+    learn = fit(TRAINCallback(None, attack=quick()), metrics=[RobustAccuracy(spy, n=n)])
+    assert learn.recorder.metric_names[3] == 'pgd7_accuracy'
+    x,y = (torch.cat(o) for o in zip(*spy.seen))
+    assert len(x) == 2*count and torch.equal(x[:count], x[count:]) and torch.equal(y[:count], y[count:])
+    if n == 10: assert len({tuple(i.flatten().tolist()) for i in x[:count]}) == 10
+
+def test_robust_accuracy_counts():
+    learn = fit(TRAINCallback(None, attack=quick()), n=64, metrics=[accuracy, RobustAccuracy(quick(start='natural')), RobustAccuracy(quick(start='natural'), n=9, name='few')])
+    x,y = digits('test', 24)
+    hits = learn.model.eval()(quick(start='natural')(learn.model, x, y)).argmax(1) == y
+    assert column(learn, 'pgd2_accuracy')[-1] == pytest.approx(hits.float().mean().item())
+    assert column(learn, 'few')[-1]*9 == pytest.approx(round(column(learn, 'few')[-1]*9))
+
+def test_robust_accuracy_disturbs_nothing():
+    def run(metrics):
+        set_seed(0)
+        dls = get_dls('digits', bs=16, n_train=64, n_test=30, device='cpu') # shuffled and augmented
+        set_seed(0)
+        return snapshot(quietly(make_learner(dls, net(1, drop=.5), TRAINCallback(net(2, drop=.5), attack=quick()), metrics), 3, 3e-3).model)
+    assert same(run([accuracy]), run([accuracy, RobustAccuracy(quick(), n=12), RobustAccuracy(quick(3))]))
+
+def test_nothing_is_left_on_the_models():
+    main,std = net(1),net(2)
+    fit(TRAINCallback(std, robust=TRADES(), attack=quick()), main, metrics=[RobustAccuracy(quick())])
+    assert hooks(main) == hooks(std) == 0
+
+def test_data_augmented_by_fastai():
+    dls = get_dls('digits', bs=8, n_train=40, n_test=20, device='cpu')
+    cb = TRAINCallback('resnet10t_16', attack=quick())
+    learn = quietly(Learner(dls, net(1), CrossEntropyLossFlat(), cbs=cb, metrics=accuracy), 1)
+    assert cb.standard_learner.model.settings['img_size'] == 32 and column(learn, 'robust_loss')[0] > 0
+
+def test_plain_fastai_loaders():
+    from fastai.data.load import DataLoader
+    dls = DataLoaders(*(DataLoader(list(zip(*digits(part, 16))), bs=8, num_workers=0) for part in ('train', 'test')), device='cpu')
+    assert len(quietly(make_learner(dls, net(1), TRAINCallback(net(2), attack=quick()))).recorder.values) == 1
+
+def test_torch_loaders():
+    from torch.utils.data import DataLoader, TensorDataset
+    train,valid = (DataLoader(TensorDataset(*digits(part, 16)), batch_size=8) for part in ('train', 'test'))
+    learn = quietly(make_learner(DataLoaders(train, valid, device='cpu'), net(1), TRAINCallback(net(2), attack=quick())))
+    assert len(learn.recorder.values) == 1
+
+def test_relation_without_standard_model():
+    with pytest.raises(ValueError, match='needs a standard model'): TRAINCallback(None, relation=Topology())
