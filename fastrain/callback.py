@@ -72,7 +72,7 @@ def history(learn) -> pd.DataFrame: # A row per epoch
     rec = learn.recorder
     return pd.DataFrame([[i, *v] for i,v in enumerate(rec.values)], columns=[n for n in rec.metric_names if n != 'time'])
 
-# %% ../nbs/12_callback.ipynb #070e9169
+# %% ../nbs/12_callback.ipynb #3ded0cf8
 class TRAINCallback(Callback):
     "Adversarial training of the learner's model, with a standard model beside it whose batch topology it keeps (TRAIN, Mi et al. 2024)"
     _learn,_capture = None,None
@@ -137,7 +137,7 @@ class TRAINCallback(Callback):
         x,y = _plain(xb[0]),_plain(y)
         if 'adv' in self.needs: check_images(x, self.attack.clip)
         model = get_model(self.learn.model)
-        if self.policy: find_classifier(model)
+        if self.policy or self.relation: find_classifier(model)
         n_classes = getattr(self.dls, 'c', None) or n_outputs(model)
         check_classes(model, n_classes, 'adversarial')
         if n_classes: check_labels(y, n_classes)
@@ -175,7 +175,7 @@ class TRAINCallback(Callback):
         "The learner's own mixed precision, in a region that closes before its region opens: autocast caches the weights it has cast"
         return self.learn.mixed_precision.autocast if hasattr(self.learn, 'mixed_precision') else nullcontext()
 
-    def _catch(self): return FeatureCapture(get_model(self.learn.model)) if self.policy else nullcontext()
+    def _catch(self): return FeatureCapture(get_model(self.learn.model)) if self.policy or self.relation else nullcontext()
 
     def after_pred(self):
         if not self.fitting: return
@@ -196,11 +196,12 @@ class TRAINCallback(Callback):
             v.std = self.policy.view(v.x)
             std_loss = self.policy.loss(v.std, v.y)
         loss = self._objective(v)
-        self.learn.loss = loss.detach().clone()
-        self.learn.loss_grad = loss if std_loss is None else loss + std_loss
+        self.learn.loss = loss.detach().clone() # what is shown is the adversarial model's
+        if std_loss is not None: self.terms,loss = {**self.terms, 'std_loss': std_loss},loss + std_loss
+        self.learn.loss_grad,self.total = loss,loss.detach().clone()
 
     def _forward(self, x):
-        return logits_and_features(self.learn.model, x) if self.policy else (self.learn.model(x), None)
+        return logits_and_features(self.learn.model, x) if self.policy or self.relation else (self.learn.model(x), None)
 
     def _objective(self, v):
         "L_robust + λ(t)·L_rel, with each term kept for the recorder"
@@ -220,12 +221,12 @@ class TRAINCallback(Callback):
         if self.fitting and self.policy: self.policy.step(self.learn)
 
     def after_batch(self):
-        if not (self.fitting and self.training) or math.isfinite(self.learn.loss): return
+        if not (self.fitting and self.training) or math.isfinite(self.total): return
         if self._searching: raise CancelFitException
         terms = ', '.join(f'{n} = {float(t):.4g}' for n,t in self.terms.items())
         kept = getattr(getattr(self.learn, 'checkpoint', None), 'last', None)
         if kept and not kept.is_file(): kept = None
-        raise FloatingPointError(f'The loss became {float(self.learn.loss):.4g} in epoch {self.epoch}, batch {self.iter} ({terms}). Lower the learning rate or λ, or clip the gradients. '
+        raise FloatingPointError(f'The loss became {float(self.total):.4g} in epoch {self.epoch}, batch {self.iter} ({terms}). Lower the learning rate or λ, or clip the gradients. '
                                  + (f'The last good checkpoint is {kept}' if kept else 'Nothing was saved: add `Checkpoint(...)` to keep the last good epoch'))
 
     def after_cancel_batch(self): self._release()
