@@ -1,10 +1,11 @@
 """The digits table over several seeds, as `fastrain train` makes it for one: `python bench/digits.py --out runs/seeds --result bench/results/digits.json`.
 
 A folder that exists is resumed, so an interrupted measurement continues."""
-import json
+import sys
 from pathlib import Path
 
 from fastcore.script import call_parse
+from fastprogress import fastprogress
 
 from fastrain.core import save_json
 from fastrain.recipes import make_recipe
@@ -18,6 +19,7 @@ def main(
     methods:str='standard,at,at+train,trades,trades+train' # Methods, comma-separated
 ):
     "Train the digits recipe with each seed and collect the records"
+    fastprogress.NO_BAR = not sys.stdout.isatty() # in a log file, only the rows
     records = []
     for seed in map(int, seeds.split(',')):
         folder = Path(out)/str(seed)
