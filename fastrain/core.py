@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lookup', 'Registered', 'parse_eps', 'eval_mode', 'upcast', 'set_seed', 'get_rng_state', 'set_rng_state', 'fork_rng',
-           'undisturbed', 'atomic_path', 'save_text', 'save_json', 'save_tensors', 'load_tensors']
+           'RandomStream', 'undisturbed', 'atomic_path', 'save_text', 'save_json', 'save_tensors', 'load_tensors']
 
 # %% ../nbs/00_core.ipynb #58cecff6
 import difflib, json, os, random, tempfile
@@ -75,7 +75,7 @@ def upcast(z:Tensor) -> Tensor:
     "Half precision to float32; float32 and float64 as they are"
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
-# %% ../nbs/00_core.ipynb #13e48780
+# %% ../nbs/00_core.ipynb #b919650a
 def set_seed(seed:int):
     "Seed Python, NumPy and torch"
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
@@ -102,6 +102,17 @@ def fork_rng(seed:int=None):
     if seed is not None: set_seed(seed)
     try: yield
     finally: set_rng_state(state)
+
+class RandomStream:
+    "Random numbers of its own, seeded once: each `with` goes on where the last one stopped, and leaves all others as they were"
+    def __init__(self, seed:int):
+        with fork_rng(seed): self.state = get_rng_state()
+    def __enter__(self):
+        self.outer = get_rng_state()
+        set_rng_state(self.state)
+    def __exit__(self, *exc):
+        self.state = get_rng_state()
+        set_rng_state(self.outer)
 
 @contextmanager
 def undisturbed(dl):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RobustAccuracy', 'attacked', 'AutoAttack', 'named_attack', 'evaluate', 'topology']
 
-# %% ../nbs/14_evaluate.ipynb #27886d22
+# %% ../nbs/14_evaluate.ipynb #8035fa26
 import time
 
 import torch
@@ -17,7 +17,7 @@ from pyautoattack import AutoAttack as Official
 from torch import Tensor, nn
 
 from .attacks import CW, PGD, check_images, check_labels
-from .core import eval_mode, fork_rng, lookup, upcast
+from .core import RandomStream, eval_mode, fork_rng, lookup, upcast
 from .features import logits_and_features
 from .relations import topology_loss
 
@@ -108,7 +108,7 @@ def named_attack(
                   pgd=lambda: PGD(eps, alpha, int(steps or 20), norm=norm), cw=lambda: CW(eps, alpha, int(steps or 20), norm=norm), aa=lambda: AutoAttack(eps, norm))
     return lookup(kind, makers, 'attack')()
 
-# %% ../nbs/14_evaluate.ipynb #08967ad6
+# %% ../nbs/14_evaluate.ipynb #2008d2ad
 def evaluate(
     model, # An `nn.Module` on [0,1] images, or a `Learner`
     dl, # Batches `(x, y)`: a `DataLoader` or any iterable
@@ -124,17 +124,17 @@ def evaluate(
     device,start = next(model.parameters()).device,time.perf_counter()
     hits,n,l_tp,bs = dict.fromkeys(attacks, 0),0,[],None
     l_tp_attack = l_tp_attack or list(attacks)[-1]
-    with fork_rng(seed):
-        for batch in progress_bar(dl, leave=False) if progress and not fastprogress.NO_BAR else dl:
-            x,y = (t.as_subclass(Tensor).to(device) for t in batch[:2])
-            check_images(x)
-            n,bs = n + len(y),bs or len(y)
-            for name,attack in attacks.items():
-                logits,x_adv = attacked(model, attack, x, y)
-                if n == len(y): check_labels(y, logits.shape[1])
-                if not logits.isfinite().all(): raise FloatingPointError(f'The model\'s logits are not finite under {name}: no accuracy can be measured')
-                hits[name] += (logits.argmax(1) == y).sum().item()
-                if standard is not None and name == l_tp_attack and len(y) == bs: l_tp.append(topology(standard, model, x, x_adv))
+    streams = {name: RandomStream(seed) for name in attacks} # an attack's figure must not depend on which others are measured
+    for batch in progress_bar(dl, leave=False) if progress and not fastprogress.NO_BAR else dl:
+        x,y = (t.as_subclass(Tensor).to(device) for t in batch[:2])
+        check_images(x)
+        n,bs = n + len(y),bs or len(y)
+        for name,attack in attacks.items():
+            with streams[name]: logits,x_adv = attacked(model, attack, x, y)
+            if n == len(y): check_labels(y, logits.shape[1])
+            if not logits.isfinite().all(): raise FloatingPointError(f'The model\'s logits are not finite under {name}: no accuracy can be measured')
+            hits[name] += (logits.argmax(1) == y).sum().item()
+            if standard is not None and name == l_tp_attack and len(y) == bs: l_tp.append(topology(standard, model, x, x_adv))
     if not n: raise ValueError('There are no images to evaluate on')
     return {k: h/n for k,h in hits.items()} | (dict(l_tp=sum(l_tp)/len(l_tp)) if l_tp else {}) | dict(n=n, seconds=time.perf_counter() - start)
 
