@@ -72,7 +72,7 @@ def history(learn) -> pd.DataFrame: # A row per epoch
     rec = learn.recorder
     return pd.DataFrame([[i, *v] for i,v in enumerate(rec.values)], columns=[n for n in rec.metric_names if n != 'time'])
 
-# %% ../nbs/12_callback.ipynb #3ded0cf8
+# %% ../nbs/12_callback.ipynb #23fef2d9
 class TRAINCallback(Callback):
     "Adversarial training of the learner's model, with a standard model beside it whose batch topology it keeps (TRAIN, Mi et al. 2024)"
     _learn,_capture = None,None
@@ -223,7 +223,7 @@ class TRAINCallback(Callback):
     def after_batch(self):
         if not (self.fitting and self.training) or math.isfinite(self.total): return
         if self._searching: raise CancelFitException
-        terms = ', '.join(f'{n} = {float(t):.4g}' for n,t in self.terms.items())
+        terms = ', '.join(f'{n} = {t.item():.4g}' for n,t in self.terms.items())
         kept = getattr(getattr(self.learn, 'checkpoint', None), 'last', None)
         if kept and not kept.is_file(): kept = None
         raise FloatingPointError(f'The loss became {float(self.total):.4g} in epoch {self.epoch}, batch {self.iter} ({terms}). Lower the learning rate or λ, or clip the gradients. '
