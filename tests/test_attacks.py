@@ -181,9 +181,17 @@ def test_strength(trained):
     assert acc['pgd20'] < acc['fgsm'] and abs(acc['cw20'] - acc['pgd20']) < .1
 
 def test_undefended_falls_to_zero(trained):
-    acc = accuracies(trained, dict(moderate=PGD(.2, .02, 20), all=PGD(1., .1, 20), l2=PGD(8., .8, 20, norm='l2'), trades=PGD(.2, .02, 20, objective='kl'), cw=CW(.2, .02), noise=random_noise(.2)))
+    acc = accuracies(trained, dict(moderate=PGD(.2, .02, 20), all=PGD(1., .1, 20), l2=PGD(8., .8, 20, norm='l2'), cw=CW(.2, .02)))
     assert max(acc[k] for k in ('moderate', 'all', 'l2', 'cw')) <= .01
-    assert acc['trades'] < acc['noise']/3 # KL leaves the model's own prediction and never sees the label: 5 to 11 % remain, by where the images start
+
+def test_undefended_falls_under_kl(trained):
+    "KL leaves the model's own prediction and never sees the label, so where an image starts matters: the worst of three starts counts"
+    x,y = digits('test', 360)
+    right = torch.ones(len(y), dtype=torch.bool)
+    for seed in range(3):
+        set_seed(seed)
+        right &= trained(PGD(.2, .02, 20, objective='kl')(trained, x, y)).argmax(1) == y
+    assert right.float().mean() <= .1
 
 def test_accuracy_falls_with_eps(trained):
     acc = [accuracies(trained, dict(a=PGD(eps, eps/5, 10)))['a'] for eps in (.01, .03, .06, .1, .2)]
