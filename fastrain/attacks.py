@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['objectives', 'norms', 'starts', 'ce_objective', 'kl_objective', 'margin', 'margin_objective', 'Linf', 'L2',
-           'start_natural', 'start_gaussian', 'start_uniform', 'start_uniform_unclipped', 'PGD', 'FGSM', 'CW',
+           'start_natural', 'start_gaussian', 'start_uniform', 'start_uniform_unclipped', 'Plan', 'PGD', 'FGSM', 'CW',
            'random_noise', 'check_images', 'check_labels']
 
 # %% ../nbs/07_attacks.ipynb #c1853d3a
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,12 @@ from .core import Registered, eval_mode, lookup, upcast
 # %% ../nbs/07_attacks.ipynb #b9fbd91a
 def ce_objective(model, x, y):
     "Cross-entropy with the labels (Madry et al. 2018)"
-    return lambda logits: F.cross_entropy(logits, y, reduction='sum')
+    return lambda logits, at=...: F.cross_entropy(logits, y[at], reduction='sum')
 
 def kl_objective(model, x, y):
     "KL(natural ‖ adversarial) of the model's own predictions (TRADES, Zhang et al. 2019); one forward of `x` for all steps"
     with torch.no_grad(): log_p = F.log_softmax(upcast(model(x)), dim=1)
-    return lambda logits: F.kl_div(F.log_softmax(logits, dim=1), log_p, reduction='sum', log_target=True)
+    return lambda logits, at=...: F.kl_div(F.log_softmax(logits, dim=1), log_p[at], reduction='sum', log_target=True)
 
 def margin(
     logits:Tensor, # (N,C)
@@ -36,7 +37,7 @@ def margin(
 
 def margin_objective(model, x, y):
     "The margin of Carlini & Wagner: with it PGD-20 is the C&W-20 of the papers' tables"
-    return lambda logits: margin(logits, y).sum()
+    return lambda logits, at=...: margin(logits, y[at]).sum()
 
 objectives = dict(ce=ce_objective, kl=kl_objective, margin=margin_objective)
 
@@ -81,6 +82,19 @@ def start_uniform_unclipped(x, eps, norm, clip): return x + norm.sample(x, eps)
 
 starts = dict(natural=start_natural, gaussian=start_gaussian, uniform=start_uniform, uniform_unclipped=start_uniform_unclipped)
 
+# %% ../nbs/07_attacks.ipynb #3c66bdfb
+@dataclass
+class Plan:
+    "How the images of one batch are attacked, where that differs from the attack's own settings"
+    eps:Tensor=None # (N,) size of the ball for each image
+    alpha:Tensor=None # (N,) step sizes
+    steps:Tensor=None # (N,) numbers of steps
+    start_eps:float=None # Size of the ball that the start is drawn from, a number or (N,); None: `eps`
+    clamp:float=None # Size to which perturbations are brought back at the end
+    noise:float=0. # Standard deviation of Gaussian noise on each step
+    moves:callable=None # `(step, logits, at) → mask`: which of the images `at` go on from here, given the logits of their current iterates; an image that stops stays
+    notes:dict=field(default_factory=dict) # `{name: (N,) tensor}` for the loss, written while the attack runs
+
 # %% ../nbs/07_attacks.ipynb #1c198d8f
 class PGD:
     "Projected gradient descent (Madry et al. 2018) against a model on images; see the arguments for its variants"
@@ -119,23 +133,42 @@ class PGD:
         y:Tensor, # Labels (N,)
         *,
         objective=None, # What to use if the attack's own `objective` is None
-        start=None # What to use if the attack's own `start` is None
+        start=None, # What to use if the attack's own `start` is None
+        plan:Plan=None # How this batch differs from image to image; None: all alike, and all for all steps
     ) -> Tensor: # Adversarial images, detached
         "Adversarial images for `model` near `x`"
         if self.norm == 'l2':
             for name in ('eps', 'alpha'): self._check_size(name, x[0].numel())
-        x,norm = x.detach(),norms[self.norm]
+        x,norm,plan = x.detach(),norms[self.norm],plan or Plan()
         objective = _resolve(self.objective or objective or 'ce', objectives, 'objective')
         start = _resolve(self.start or start or 'uniform', starts, 'start')
+        eps,alpha,wide = (_sized(v, x) for v in (plan.eps, plan.alpha, plan.start_eps))
+        eps,alpha = self.eps if eps is None else eps,self.alpha if alpha is None else alpha
         with eval_mode(model), torch.enable_grad():
-            x_adv = start(x, self.eps, norm, self.clip)
+            x_adv = start(x, eps if wide is None else wide, norm, self.clip)
             if self.steps == 0: return norm.project(x_adv, x, self.eps).clamp(*self.clip)
-            loss = objective(model, x, y)
-            for _ in range(self.steps):
-                x_adv.requires_grad_()
-                grad, = torch.autograd.grad(loss(upcast(model(x_adv))), x_adv)
-                x_adv = norm.project(x_adv.detach() + self.alpha*norm.direction(grad), x, self.eps).clamp(*self.clip)
+            loss,at = objective(model, x, y),... # `at`: the images that still move, all at first
+            for t in range(self.steps if plan.steps is None else int(plan.steps.max())):
+                if plan.steps is not None: at = _among(at, _pick(plan.steps, at) > t)
+                z = x_adv[at].requires_grad_()
+                logits = upcast(model(z))
+                moves = plan.moves(t, logits.detach(), at) if plan.moves else None
+                if moves is not None and not moves.any(): break
+                grad, = torch.autograd.grad(loss(logits) if at is ... else loss(logits, at), z)
+                z = z.detach() + _pick(alpha, at)*norm.direction(grad)
+                if plan.noise: z += plan.noise*torch.randn_like(z)
+                z = norm.project(z, x[at], _pick(eps, at)).clamp(*self.clip)
+                if moves is not None: z,at = z[moves],_among(at, moves)
+                x_adv = z if at is ... else x_adv.index_copy(0, at, z)
+            if plan.clamp is not None: x_adv = norm.project(x_adv, x, plan.clamp).clamp(*self.clip)
         return x_adv
+
+def _pick(v, at): return v[at] if isinstance(v, Tensor) else v
+def _sized(v, x): return _like(v, x) if isinstance(v, Tensor) else v
+def _among(at, mask):
+    "The places that `mask`, a value for each of `at`, leaves"
+    if at is ...: at = torch.arange(len(mask), device=mask.device)
+    return at[mask]
 
 def _resolve(o, options, kind): return o if callable(o) else lookup(o, options, kind)
 
