@@ -13,7 +13,8 @@ from fastprogress import fastprogress
 from fastrain.checkpoint import Checkpoint
 from fastrain.core import save_json, save_text, set_seed
 from fastrain.evaluate import evaluate
-from fastrain.recipes import make_recipe, monitor, parse_method, recipe_backbone, recipe_dls, recipe_fit, recipe_learner
+from fastrain.methods import parse_method
+from fastrain.recipes import make_recipe, monitor, recipe_backbone, recipe_dls, recipe_fit, recipe_learner
 from fastrain.report import markdown_table, results_table
 from fastrain.run import History, environment, evaluate_checkpoints, read_run
 
@@ -135,7 +136,7 @@ def epochs_that_fit(warmup, methods, cost, seconds, n_seeds) -> int:
     each = sum(cost['epoch'][m] for m in methods) + (with_standard*cost['warmup_epoch'] if warmup is None else 0) # as many epochs of warm-up as of training
     return max(1, min(EPOCHS, int((seconds/MARGIN/n_seeds - fixed)/each)))
 
-def has_standard(method): return parse_method(method)['relation'] is not None
+def has_standard(method): return parse_method(method).needs_standard
 
 # -- a seed ------------------------------------------------------------------------------------------------------------------
 def measure(out, recipe, methods, dls, clock, cost, chunk, show) -> bool: # Whether everything is done

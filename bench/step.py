@@ -15,7 +15,7 @@ from fastrain.attacks import PGD
 from fastrain.callback import TRAINCallback
 from fastrain.core import save_json, set_seed
 from fastrain.models import create_backbone
-from fastrain.recipes import parse_method
+from fastrain.methods import parse_method
 from fastrain.report import markdown_table
 from fastrain.run import environment
 from fastrain.schedules import torch_sgd
@@ -138,8 +138,8 @@ def _difference(a, b, before, names):
 
 def learner(method, turns, model, standard, steps):
     "The method as users have it: a `Learner` with a `TRAINCallback`"
-    pieces = parse_method(method)
-    cb = TRAINCallback(CoTrained(standard) if pieces['relation'] else None, robust=pieces['robust'], relation=pieces['relation'] or False, attack=PGD(EPS, ALPHA, steps), lam=LAM)
+    m = parse_method(method)
+    cb = TRAINCallback(CoTrained(standard) if m.needs_standard else None, attack=PGD(EPS, ALPHA, steps), lam=LAM, **m.callback_args())
     dls = DataLoaders(turns, [], device=turns.batch[0].device)
     return Learner(dls, model, CrossEntropyLossFlat(), opt_func=torch_sgd, lr=LR, wd=WD, wd_bn_bias=True, cbs=cb)
 

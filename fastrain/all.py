@@ -8,11 +8,14 @@ from fastrain.features import *
 from fastrain.models import *
 from fastrain.attacks import *
 from fastrain.losses import *
+from fastrain.strategies import *
 from fastrain.relations import *
 from fastrain.schedules import *
 from fastrain.standard import *
+from fastrain.weights import *
 from fastrain.callback import *
 from fastrain.checkpoint import *
+from fastrain.methods import *
 from fastrain.evaluate import *
 from fastrain.recipes import *
 from fastrain.report import *

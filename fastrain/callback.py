@@ -53,22 +53,18 @@ def check_classes(model, n_classes, who):
         raise ValueError(f'The {who} model has {n} outputs, but the data have {n_classes} classes. Create it with n_classes={n_classes}')
 
 # %% ../nbs/12_callback.ipynb #581fcaf3
-def check_pieces(pieces:dict, relations:list, policy):
-    "Errors for pieces that cannot work together, each with its reason"
-    robust,strategy = pieces['robust'],pieces.get('strategy')
+def check_pieces(robust:RobustLoss, strategy:Strategy, relations:list, standard:bool, frozen:bool):
+    "Errors for pieces that cannot work together, each with its reason; `standard`: is there a standard model, and `frozen`: does it stay as it is?"
     attacks = 'adv' in robust.needs
-    for p in relations:
-        if 'adv' in p.needs and not attacks: raise ValueError(f'{p} relates adversarial images, but {robust} makes none: combine it with an adversarial method such as at or trades')
-    if strategy and not attacks: raise ValueError(f'{strategy} is about adversarial images, but {robust} makes none: combine it with an adversarial method such as at or trades')
+    for p in (*relations, *([strategy] if strategy else [])):
+        if ('adv' in p.needs or p is strategy) and not attacks: raise ValueError(f'{p} is about adversarial images, but {robust} makes none: combine it with an adversarial method such as at or trades')
     if strategy and type(robust).plan is not RobustLoss.plan: raise ValueError(f'{robust} brings a strategy of its own, which {strategy} would replace: leave one of them out')
-    users = [p for p in pieces.values() if 'std' in p.needs]
-    if users and policy is None: raise ValueError(f'{users[0]} needs a standard model: pass `standard`, for example the name of a backbone')
+    for p in (robust, *relations):
+        if 'std' in p.needs and not standard: raise ValueError(f'{p} needs a standard model: pass `standard`, for example the name of a backbone')
     terms = [r.term for r in relations]
-    for t in terms:
-        if terms.count(t) > 1: raise ValueError(f'There are two relation terms {t!r}: leave one of them out')
-    if isinstance(policy, Frozen):
-        for r in relations:
-            if r.joint: raise ValueError(f'{r} would train the standard model, but {policy} keeps it frozen: use a co-trained one, or detach=True')
+    for r in relations:
+        if terms.count(r.term) > 1: raise ValueError(f'There are two relation terms {r.term!r}: leave one of them out')
+        if r.joint and frozen: raise ValueError(f'{r} would train the standard model, but its policy keeps it frozen: let it be co-trained, or use detach=True')
 
 # %% ../nbs/12_callback.ipynb #748e2367
 class Column(Metric):
@@ -115,7 +111,7 @@ class TRAINCallback(Callback):
         self.perturb,self.average,self.lam = perturb,average,as_lambda(lam)
         self.pieces = {n: p for n,p in dict(robust=self.robust, strategy=strategy, **{r.term: r for r in self.relations}, perturb=perturb, average=average).items() if p}
         self.needs = {n for p in self.pieces.values() for n in p.needs}
-        check_pieces(self.pieces, self.relations, self.policy)
+        check_pieces(self.robust, strategy, self.relations, self.policy is not None, isinstance(self.policy, Frozen))
         self.first = 'nat' if 'nat' in self.needs else 'adv' # the view of the learner's own forward; x before x', as the papers' code
         self.fitting,self.columns,self._side = False,{},None
 
@@ -144,7 +140,7 @@ class TRAINCallback(Callback):
         n_classes,x = self._check()
         if self.policy:
             self.policy.build(self.learn, n_classes, x.shape[-1], x.device)
-            check_classes(self.policy.model, n_classes, 'standard')
+            if not isinstance(self.policy, Frozen): check_classes(self.policy.model, n_classes, 'standard') # a frozen one may be of other classes: topology needs its features only
             find_classifier(self.policy.model)
         for p in self.pieces.values(): p.setup(self)
         self._train_modules(x)
@@ -183,9 +179,14 @@ class TRAINCallback(Callback):
         self.fitting = False
 
     def _add_columns(self):
-        names = ['robust_loss', *(r.term for r in self.relations)] + ['lambda']*any(r.weight is None for r in self.relations) + ['std_accuracy']*bool(self.policy) + ['ema_accuracy']*bool(self.average)
+        names = ['robust_loss', *(r.term for r in self.relations)] + ['lambda']*any(r.weight is None for r in self.relations) + ['std_accuracy']*self._knows_classes + ['ema_accuracy']*bool(self.average)
         self.columns = {n: Column(n) for n in names}
         self.learn.metrics = self.learn.metrics + list(self.columns.values())
+
+    @property
+    def _knows_classes(self):
+        "Is there a standard model of the data's own classes?"
+        return self.policy is not None and n_outputs(self.policy.model) == (getattr(self.dls, 'c', None) or n_outputs(get_model(self.learn.model)))
 
     def _remove_columns(self): self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, Column)]
 
@@ -298,7 +299,7 @@ class TRAINCallback(Callback):
 
     def _beside(self):
         "The models that are validated beside M', by the names of their columns"
-        return ({'std_accuracy': self.policy.model} if self.policy else {}) | ({'ema_accuracy': self.average.model} if self.average else {})
+        return ({'std_accuracy': self.policy.model} if self._knows_classes else {}) | ({'ema_accuracy': self.average.model} if self.average else {})
 
     def _validate_beside(self):
         if not len(self.yb): return

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['lookup', 'Registered', 'parse_eps', 'eval_mode', 'upcast', 'set_seed', 'get_rng_state', 'set_rng_state', 'fork_rng',
-           'RandomStream', 'undisturbed', 'atomic_path', 'save_text', 'save_json', 'save_tensors', 'load_tensors']
+           'RandomStream', 'undisturbed', 'atomic_path', 'save_text', 'save_json', 'plain_state', 'save_tensors',
+           'load_tensors']
 
 # %% ../nbs/00_core.ipynb #58cecff6
 import difflib, json, os, random, tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.foundation import L
 from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #f2fc66c2
@@ -150,9 +152,16 @@ def save_json(path, o):
     "Write `o` as JSON, atomically"
     save_text(path, json.dumps(o, indent=1, default=_plain) + '\n')
 
+def plain_state(o):
+    "`o` with NumPy scalars and fastai's lists as plain numbers and lists, so that it can be loaded with `weights_only=True`"
+    if isinstance(o, np.generic): return o.item()
+    if isinstance(o, dict): return {k: plain_state(v) for k,v in o.items()}
+    if isinstance(o, (list, L)): return [plain_state(v) for v in o]
+    return tuple(map(plain_state, o)) if isinstance(o, tuple) else o
+
 def save_tensors(path, o):
     "`torch.save` atomically; `o` holds tensors, numbers, strings and containers of them only, see `load_tensors`"
-    with atomic_path(path) as tmp: torch.save(o, tmp)
+    with atomic_path(path) as tmp: torch.save(plain_state(o), tmp)
 
 def load_tensors(path, map_location='cpu'):
     "Load what `save_tensors` wrote, without ever executing what is in the file"

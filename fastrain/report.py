@@ -24,10 +24,13 @@ def results_table(
     "A row per method: accuracies in %, L_TP on the test set, seconds of training per epoch"
     rows = []
     for r in results:
-        e = r[which]
-        acc = {_title(k): f'{100*v:.2f}' for k,v in e.items() if k in r['attacks']}
-        rows.append(dict(method=r['method'], **acc, L_TP=f'{e["l_tp"]:.3f}' if 'l_tp' in e else '', **{'s/epoch': f'{r["seconds_per_epoch"]:.1f}', 'epoch': e['epoch']}))
+        rows.append(_row(r, r['method'] + ' (approximate)'*bool(r.get('approximate')), r[which]))
+        if which == 'last' and 'average' in r: rows.append(_row(r, f'{r["method"]}, averaged weights', r['average']))
     return pd.DataFrame(rows).set_index('method')
+
+def _row(r, name, e):
+    acc = {_title(k): f'{100*v:.2f}' for k,v in e.items() if k in r['attacks']}
+    return dict(method=name, **acc, L_TP=f'{e["l_tp"]:.3f}' if 'l_tp' in e else '', **{'s/epoch': f'{r["seconds_per_epoch"]:.1f}', 'epoch': e['epoch']})
 
 def _title(name): return {'natural':'natural', 'aa':'AutoAttack'}.get(name) or name.upper().replace('PGD', 'PGD-').replace('CW', 'C&W-')
 

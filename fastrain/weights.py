@@ -63,6 +63,7 @@ class AWP(Perturbation):
     def setup(self, cb):
         published = dict(trades=(.005, 10)).get(cb.robust.key, (.01, 0))
         self._gamma,self._warmup = (p if s is None else s for s,p in zip((self.gamma, self.warmup), published))
+        self.restore(cb) # what an interrupt within a batch has left
 
     def perturb(self, cb, v):
         if v.passed(self.of) < self._warmup: return

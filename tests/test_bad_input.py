@@ -17,7 +17,8 @@ from fastrain.data import get_dls
 from fastrain.evaluate import AutoAttack, RobustAccuracy, evaluate, named_attack
 from fastrain.losses import AT, TRADES
 from fastrain.models import create_backbone
-from fastrain.recipes import make_recipe, parse_method, recipe_callback, recipe_dls, recipe_learner
+from fastrain.methods import parse_method
+from fastrain.recipes import make_recipe, recipe_callback, recipe_dls, recipe_learner
 from fastrain.relations import Topology
 from fastrain.run import evaluate_run, load_run_model, read_run, resume_run, train_run
 from fastrain.schedules import LambdaSchedule, as_lambda
@@ -191,7 +192,7 @@ def test_methods(method, match):
     with pytest.raises(ValueError, match=match): parse_method(method)
 
 def test_method_alone():
-    assert isinstance(parse_method('train')['robust'], AT) and parse_method('trades:beta=3+train')['robust'].beta == 3
+    assert isinstance(parse_method('train').robust, AT) and parse_method('trades:beta=3+train').robust.beta == 3
 
 # --- losses that are not finite
 

@@ -1,0 +1,72 @@
+"""Every piece, and TRAIN on top of every robust loss, on the digits: `python bench/table.py --out bench/results/table.json`.
+
+It shows that everything trains under the same conditions, with the seconds it takes; a training of 6 epochs does not show which method is best. Methods that are in the file
+already are not trained again, so that an interrupted measurement continues. With `--jobs 2` the seeds are shared out over processes of one thread each."""
+import json, sys, time
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from fastcore.script import call_parse
+from fastprogress import fastprogress
+
+from fastrain.callback import history
+from fastrain.core import save_json, set_seed
+from fastrain.evaluate import evaluate
+from fastrain.methods import canonical, parse_method
+from fastrain.recipes import make_recipe, recipe_dls, recipe_fit, recipe_learner
+from fastrain.run import environment, test_batches
+
+ROBUST = 'AT', 'TRADES', 'ALP', 'MART', 'AT + LBGAT', 'LBGAT6', 'LBGAT0', 'FAT', 'FAT-TRADES', 'FAT-MART', 'GAIRAT', 'SAT', 'LAS-AT', 'LAS-TRADES', 'LAS-AWP', 'ECAS', 'MCA'
+OTHER = 'AT + RKD', 'AT + RKD-D', 'AT + RKD-A', 'AT + CRD', 'AT + PKT', "AT + TRAIN'", 'AT + TRAIN*', 'AT + LBGAT_detach', 'AT-AWP', 'TRADES-AWP', 'AT + EMA', 'TRADES + LBGAT + TRAIN + AWP + EMA'
+METHODS = ['standard', *(m for r in ROBUST for m in (r, f'{r} + TRAIN')), *OTHER]
+SETTINGS = dict(epochs=6, steps=4, n_valid=72)
+NET = 'net=resnet10t_16' # of the strategy network: as small as the other two
+
+def record(method, seed, standard=None) -> tuple: # What is written, the trained model
+    "Train and evaluate one method"
+    set_seed(seed)
+    r = make_recipe(**SETTINGS, seed=seed)
+    dls,name = recipe_dls(r, 'cpu'),_small(canonical(method))
+    start = time.perf_counter()
+    learn = recipe_learner(r, name, dls, keep=f'{KEEP}-{seed}.pt')
+    with learn.no_bar(), learn.no_logging(): recipe_fit(r, learn)
+    seconds,average = time.perf_counter() - start,learn.train_cb.average
+    figures = lambda model: evaluate(model, test_batches(dls), dict(natural=None, pgd20=r.eval_attack('pgd20')), standard or model, 'pgd20', seed, progress=False)
+    res = dict(method=method, pieces=name, approximate=parse_method(name).approximate, seed=seed, seconds=seconds, losses=history(learn).robust_loss.tolist(), **{k: v for k,v in figures(learn.model).items() if k != 'seconds'})
+    if average: res['average'] = {k: v for k,v in figures(average.model).items() if k in ('natural', 'pgd20', 'l_tp')}
+    return res,learn.model
+
+def _small(name): return '+'.join(p + (':' if ':' not in p else ',') + NET if p.split(':')[0] == 'las' else p for p in name.split('+'))
+
+KEEP = None # where the warmed-up standard models are, one for each seed
+
+def run_seed(seed, methods, part, keep):
+    "All methods of one seed, each written as soon as it is there"
+    global KEEP
+    KEEP,fastprogress.NO_BAR = keep,True
+    torch.set_num_threads(1)
+    done,standard = json.loads(Path(part).read_text()) if Path(part).exists() else [],None
+    for m in methods:
+        if m != 'standard' and any(r['method'] == m for r in done): continue
+        res,model = record(m, seed, standard)
+        if m == 'standard': standard = model.eval() # trained again when continuing: L_TP is measured against it
+        done = [r for r in done if r['method'] != m] + [res]
+        save_json(part, done)
+        print(f'seed {seed}  {m:36} {100*res["natural"]:6.2f} {100*res["pgd20"]:6.2f} {res["l_tp"]:.3f} {res["seconds"]:5.1f} s', flush=True)
+
+@call_parse
+def main(
+    out:str='runs/table/table.json', # File for all records
+    seeds:str='1,2,3', # Seeds, comma-separated
+    methods:str=None, # Methods, separated by semicolons (default: all)
+    jobs:int=2 # Processes, each with one thread
+):
+    "Train every method with every seed, and evaluate natural accuracy, PGD-20 and L_TP"
+    methods,seeds,out = methods.split(';') if methods else METHODS,[int(s) for s in seeds.split(',')],Path(out)
+    if methods[0] != 'standard': sys.exit('table.py: the first method must be standard, which L_TP is measured against')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    start,parts = time.perf_counter(),{s: out.with_name(f'{out.stem}-{s}.json') for s in seeds}
+    with get_context('spawn').Pool(jobs) as pool: pool.starmap(run_seed, [(s, methods, p, str(out.with_name(f'{out.stem}-warm'))) for s,p in parts.items()], chunksize=1)
+    records = [r for p in parts.values() for r in json.loads(p.read_text())]
+    save_json(out, dict(recipe=make_recipe(**SETTINGS).settings(), environment=environment(), jobs=jobs, minutes=(time.perf_counter() - start)/60, records=records))
