@@ -1,7 +1,8 @@
-"""Where the topology loss helps and where not, on a subset of CIFAR-10 (JPEG): `python bench/cifar.py DIR --out runs/cifar`.
+"""Where the topology loss helps and where it does not, on a subset of CIFAR-10 (JPEG): `python bench/cifar.py DIR --out runs/cifar --result bench/results/cifar.json`.
 
-DIR has train/<class>/ and test/<class>/. A folder that exists is resumed, and methods that it lacks are added, so that an interrupted measurement continues."""
-import sys
+DIR has train/<class>/ and test/<class>/. First the methods with and without TRAIN, then variants of TRAIN that ask why. Folders that exist are resumed, and methods that they lack are added, so that an
+interrupted measurement continues; `--part main` or `--part NAME,NAME` does only some of it, and whatever is there goes into the result."""
+import csv, json, shutil, sys
 from pathlib import Path
 
 import torch
@@ -10,27 +11,73 @@ from fastprogress import fastprogress
 
 from fastrain.core import save_json
 from fastrain.recipes import make_recipe
-from fastrain.run import environment, evaluate_run, resume_run, train_run
+from fastrain.run import environment, resume_run, start_run
+from fastrain.schedules import schedules
 
 SMALL = dict(profile='everyday', backbone='resnet10t_16', standard='resnet10t_16', small_images=False, epochs=12, warmup=30, steps=5, n_train=5000, n_test=1000, n_valid=500)
+METHODS = 'standard', 'at', 'at+train', 'trades', 'trades+train', 'trades+lbgat', 'trades+lbgat+train', 'mart', 'mart+train' # the first is the anchor of L_TP
 ATTACKS = 'natural', 'cw20', 'pgd20' # L_TP is measured on the images of the last one
+ORACLE = dict(n_train=None, epochs=8) # a standard model that has seen all 50,000 images
+
+schedules.update(early=lambda t: float(t < 50), late=lambda t: float(t >= 50)) # in which half of training the term acts
+VARIANTS = { # name: (what differs from SMALL, methods, seeds); TRAIN with the constant λ = 5 from a standard model warmed up for 30 epochs is in the main part
+    'ramp': (dict(lam_schedule='ramp'), ['at+train'], (1, 2, 3)), # 0 to 5
+    'printed': (dict(lam_schedule='printed', lam=2.5), ['at+train'], (1, 2, 3)), # 3.7 to 5: the same end
+    'scratch': (dict(warmup=0), ['at+train'], (1,)),
+    'brief': (dict(warmup=8), ['at+train'], (1,)),
+    'frozen': (dict(), ['at+train*'], (1,)),
+    'oracle': (dict(standard='ORACLE'), ['at+train'], (1,)), # frozen, as a trained model is by default
+    'strong': (dict(lam=20.), ['at+train'], (1,)),
+    'early': (dict(lam_schedule='early'), ['at+train'], (1,)),
+    'late': (dict(lam_schedule='late'), ['at+train'], (1,)),
+    'capacity': (dict(backbone='resnet10t'), ['at', 'at+train'], (1,)), # four times the width of M'
+}
+
+def run(folder, methods, like=None, **settings) -> list:
+    "The records of a run, which is begun, continued or only read"
+    if not (folder/'settings.json').exists():
+        start_run(folder, make_recipe(**{**SMALL, **settings}), methods)
+        if like: share(like, folder, 'standard', *([] if {'warmup', 'standard'} & set(settings) else ['warm.pt']))
+    return resume_run(folder, methods=methods, attacks=ATTACKS)
+
+def share(like, folder, *names):
+    "The anchor of L_TP, and the warmed-up standard model, of another run"
+    for n in names:
+        source,to = like/'checkpoints'/n,folder/'checkpoints'/n
+        shutil.copytree(source, to) if source.is_dir() else (to.parent.mkdir(exist_ok=True), shutil.copy(source, to))
 
 @call_parse
 def main(
     data:str, # Folder of images
-    out:str='runs/cifar', # Folder for a run per seed
-    result:str=None, # File for all records
-    seeds:str='1,2,3', # Seeds, comma-separated
-    methods:str='standard,at,at+train,trades,trades+train,trades+lbgat,trades+lbgat+train,mart,mart+train', # Methods, comma-separated; the first is the anchor of L_TP
+    out:str='runs/cifar', # Folder for all runs
+    result:str=None, # File for the records of everything that is there
+    seeds:str='1,2,3', # Seeds of the main part, comma-separated
+    methods:str=None, # Methods of the main part, comma-separated (default: all)
+    part:str=None, # 'main', names of variants, comma-separated, or 'none' (default: everything)
     threads:int=None # CPU threads (default: as torch chooses)
 ):
-    "Train each method with each seed, and evaluate natural, C&W-20, PGD-20 and L_TP"
+    "Train and evaluate: natural accuracy, C&W-20, PGD-20 and L_TP"
     fastprogress.NO_BAR = not sys.stdout.isatty() # in a log file, only the rows
     if threads: torch.set_num_threads(threads)
-    records = []
-    for seed in map(int, seeds.split(',')):
-        folder = Path(out)/str(seed)
-        recipe = make_recipe(**SMALL, data=data, seed=seed)
-        resume_run(folder, methods=methods.split(',')) if (folder/'settings.json').exists() else train_run(folder, recipe, methods.split(','))
-        records += [dict(r, seed=seed) for r in evaluate_run(folder, ATTACKS)]
-    if result: save_json(result, dict(recipe=dict(recipe.settings(), data='CIFAR-10 (JPEG)'), environment=environment(), records=records))
+    out,parts = Path(out),part.split(',') if part else ['main', *VARIANTS]
+    if 'main' in parts:
+        for seed in map(int, seeds.split(',')): run(out/str(seed), methods.split(',') if methods else list(METHODS), data=data, seed=seed)
+    for name in (p for p in parts if p in VARIANTS):
+        changes,variants,of = VARIANTS[name]
+        for seed in of:
+            if changes.get('standard') == 'ORACLE':
+                oracle = out/f'oracle-standard-{seed}'
+                run(oracle, ['standard'], data=data, seed=seed, **ORACLE)
+                changes = dict(changes, standard=str(oracle))
+            run(out/f'{name}-{seed}', variants, out/str(seed), data=data, seed=seed, **changes)
+    if result: save_json(result, dict(recipe=dict(make_recipe(**SMALL).settings(), data='CIFAR-10 (JPEG)'), environment=environment(), variants={k: v[0] for k,v in VARIANTS.items()}, records=list(collect(out))))
+
+def collect(out):
+    "Every record that is there, with the part it belongs to and the accuracy of its standard model on the held-out images"
+    for file in sorted(out.glob('*/results.json')):
+        name,_,seed = file.parent.name.rpartition('-')
+        for r in json.loads(file.read_text()): yield dict(r, part=name or 'main', seed=int(seed), standard_accuracy=_standard_accuracy(file.parent, r['method']))
+
+def _standard_accuracy(folder, method):
+    with (folder/'history.csv').open() as f: last = [r for r in csv.DictReader(f) if r['method'] == method][-1]
+    return float(last['std_accuracy']) if last.get('std_accuracy') else None

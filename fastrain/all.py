@@ -10,10 +10,12 @@ from fastrain.attacks import *
 from fastrain.losses import *
 from fastrain.strategies import *
 from fastrain.relations import *
+from fastrain.contrast import *
 from fastrain.schedules import *
 from fastrain.standard import *
 from fastrain.weights import *
 from fastrain.callback import *
+from fastrain.las import *
 from fastrain.checkpoint import *
 from fastrain.methods import *
 from fastrain.evaluate import *

@@ -125,7 +125,7 @@ class TRAINCallback(Callback):
     @learn.setter
     def learn(self, learn):
         if learn is None and self._learn is not None: # removed, perhaps by an interrupt: leave nothing behind
-            self._release()
+            self._undo()
             self._remove_columns()
         self._learn = learn
 
@@ -133,7 +133,7 @@ class TRAINCallback(Callback):
 
     # -- fit ------------------------------------------------------------------------------------------------------------------
     def before_fit(self):
-        self._release()
+        self._undo()
         self._remove_columns()
         self.fitting = not self.learn.lock.locked() # `validate` and `get_preds` hold the lock, and send the events of `fit` too
         if not self.fitting: return
@@ -149,7 +149,7 @@ class TRAINCallback(Callback):
 
     def _train_modules(self, x):
         "An optimizer for what the pieces bring of their own, beside that of M'"
-        modules = nn.ModuleList(p.module for p in self.pieces.values() if p.module is not None)
+        modules = nn.ModuleList(p.module for p in self._modules().values())
         if not len(modules) or self._side: return
         self._side = standard_learner(modules.to(x.device), self.learn, None, None)
         self._side.create_opt()
@@ -174,6 +174,7 @@ class TRAINCallback(Callback):
         return n_classes, x
 
     def after_fit(self):
+        self._undo()
         self._remove_columns()
         if self.fitting and self._searching: self.load_state_dict(self._snapshot)
         self.fitting = False
@@ -199,7 +200,7 @@ class TRAINCallback(Callback):
 
     def before_batch(self):
         if not (self.fitting and self.training): return
-        x,y = _plain(self.xb[0]),_plain(self.yb[0])
+        x,y,self.total = _plain(self.xb[0]),_plain(self.yb[0]),0.
         v = self.views = Views(x, y, pct=self.pct_train, epoch=self.epoch, epochs=self.n_epoch, idx=getattr(self.learn.dl, 'idxs', None))
         if 'adv' in self.needs: self._make_adversaries(v)
         if self.perturb: self.perturb.perturb(self, v)
@@ -273,7 +274,6 @@ class TRAINCallback(Callback):
         if self._side: step_beside(self._side, self.learn)
 
     def after_batch(self):
-        if self.fitting and self.perturb: self.perturb.restore(self) # where the batch made no step
         if not (self.fitting and self.training) or math.isfinite(self.total): return
         if self._searching: raise CancelFitException
         terms = ', '.join(f'{n} = {t.item():.4g}' for n,t in self.terms.items())
@@ -282,12 +282,16 @@ class TRAINCallback(Callback):
         raise FloatingPointError(f'The loss became {float(self.total):.4g} in epoch {self.epoch}, batch {self.iter} ({terms}). Lower the learning rate or λ, or clip the gradients. '
                                  + (f'The last good checkpoint is {kept}' if kept else 'Nothing was saved: add `Checkpoint(...)` to keep the last good epoch'))
 
-    def after_cancel_batch(self):
+    def after_cancel_batch(self): self._undo()
+
+    def _undo(self):
+        "Leave nothing behind of a batch that was cut short"
         self._release()
-        if self.fitting and self.perturb: self.perturb.restore(self)
+        if self.perturb: self.perturb.restore(self)
 
     def after_train(self):
         if not self.fitting: return
+        self._undo()
         for n,m in self.means.items(): self.columns[n].set(m.value)
 
     # -- validate -------------------------------------------------------------------------------------------------------------
@@ -312,15 +316,18 @@ class TRAINCallback(Callback):
     def state_dict(self):
         "What a checkpoint must hold beside the learner: the standard model, its optimizer, and the state of pieces that have one"
         return dict(standard=self.policy.state_dict() if self.policy else None, side=self._side.opt.state_dict() if self._side else None,
-                    pieces={n: p.state_dict() for n,p in self._stateful().items()})
+                    pieces={n: p.state_dict() for n,p in self._stateful().items()},
+                    modules={n: p.module.state_dict() for n,p in self._modules().items()})
 
     def load_state_dict(self, state):
         "Put back a `state_dict`, once `fit` has made the standard learner"
         if (state['standard'] is None) != (self.policy is None): raise ValueError('The checkpoint and the callback disagree on whether there is a standard model')
         if self.policy: self.policy.load_state_dict(state['standard'])
         for n,p in self._stateful().items(): p.load_state_dict(state['pieces'][n])
+        for n,p in self._modules().items(): p.module.load_state_dict(state['modules'][n])
         if self._side: self._side.opt.load_state_dict(state['side'])
 
+    def _modules(self): return {n: p for n,p in self.pieces.items() if p.module is not None}
     def _stateful(self): return {n: p for n,p in [*self.pieces.items(), ('attack', self.attack)] if hasattr(p, 'state_dict')}
 
 def _output(logits, features): return Output(upcast(logits), None if features is None else upcast(features))

@@ -65,17 +65,18 @@ def train(
     precision:str=None, # fp32, bf16 or fp16; the last two on a GPU (default fp32)
     device:str=None, # cpu, cuda, ... (default: a GPU if there is one)
     seed:int=None, # Seed of weights, batches and attacks (default 1)
+    attacks:str='natural,pgd20', # Evaluate under these: natural, noise, fgsm, pgd20, cw20 (any number of steps), aa (AutoAttack)
     load:str=None, # Python files with pieces of your own, comma-separated
     resume:bool=False # Continue the run in --out where it was interrupted, with the settings it has; methods in --method that it lacks are added
 ):
     "Train and compare methods on images, and write a folder with everything about it"
     load_pieces(load)
-    if resume: results = resume_run(out, device, split_methods(method))
+    if resume: results = resume_run(out, device, split_methods(method), attacks.split(','))
     else:
         recipe = make_recipe(profile, data=data, path=path, backbone=backbone, standard=standard or backbone, epochs=epochs, bs=bs, lr=lr, drops=_numbers(drops, 'drops'), wd=wd,
             eps=_size(eps), alpha=_size(alpha), steps=steps, norm=norm, eval_eps=_size(eval_eps), lam=lam, lam_schedule=lam_schedule, warmup=warmup, holdout=holdout,
             n_train=n_train, n_test=n_test, img_size=img_size, precision=precision, seed=seed)
-        results = train_run(out, recipe, split_methods(method) or ('standard', 'at', 'at+train'), device)
+        results = train_run(out, recipe, split_methods(method) or ('standard', 'at', 'at+train'), device, attacks.split(','))
     _show(results, f'{out}/report.md')
 
 def evaluate(

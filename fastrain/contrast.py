@@ -63,7 +63,7 @@ def train_labels(dl) -> Tensor: # (n,)
     "Classes of the training set in the order of its places"
     if not hasattr(dl, 'idxs') or getattr(dl, 'rows', None) is None:
         raise ValueError(f'CRD remembers an embedding of every training image, but {type(dl).__name__} does not tell which images a batch holds: use the loaders of get_dls or '
-                         'pixel_dls with decoded images')
+                         'pixel_dls')
     return dl.images.y[dl.rows]
 
 class CRD(Relation):

@@ -56,10 +56,12 @@ def stepped(
     model = copy.deepcopy(get_model(cb.learn.model))
     as_cb = _StandIn(cb, model, cb.robust)
     opt = torch.optim.SGD(model.parameters(), lr=float(cb.learn.opt.hypers[-1]['lr']), weight_decay=5e-4) # published with momentum, which changes nothing in a first step
-    if cb.perturb: cb.perturb.perturb(as_cb, v)
-    robust_loss(as_cb, v).backward()
-    opt.step()
-    if cb.perturb: cb.perturb.restore(as_cb)
+    try:
+        if cb.perturb: cb.perturb.perturb(as_cb, v)
+        robust_loss(as_cb, v).backward()
+        opt.step()
+    finally:
+        if cb.perturb: cb.perturb.restore(as_cb) # even after an interrupt, or M' would be moved back in place of the copy
     return model
 
 def batch_accuracy(

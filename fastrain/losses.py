@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gairat_shapes', 'Output', 'Views', 'Piece', 'RobustLoss', 'soft_targets', 'AT', 'kl_div', 'TRADES', 'ALP', 'MART',
-           'GAIRAT', 'unit', 'supcon_loss', 'MCA', 'Natural']
+           'GAIRAT', 'unit_vectors', 'supcon_loss', 'MCA', 'Natural']
 
 # %% ../nbs/08_losses.ipynb #35c7e279
 import math
@@ -83,7 +83,7 @@ def soft_targets(
 
 class AT(RobustLoss):
     "Vanilla adversarial training, CE(M'(x'), y)"
-    key,paper = 'at','Madry et al., ICLR 2018, Eq. 2.1'
+    key,paper,confidence = 'at','Madry et al., ICLR 2018, Eq. 2.1',1.
     def __init__(self,
         confidence:float=1. # Probability of the true class in the target; below 1, labels are smoothed (LAS-AT: 0.7 for 10 classes, 0.6 for 100)
     ):
@@ -177,12 +177,12 @@ class GAIRAT(RobustLoss):
         return dict(ce=(self.weights(kappa, steps)*F.cross_entropy(v.adv.logits, v.y, reduction='none')).mean())
 
 # %% ../nbs/08_losses.ipynb #c0138c2f
-def unit(
-    features:Tensor # (N,D)
-) -> Tensor: # (N,D)
-    "Features with norm 1; a zero feature stays zero and gets no gradient"
-    norm = features.norm(dim=1, keepdim=True)
-    return torch.where(norm <= 1e-12, 0, features/norm.clamp_min(1e-12)) # NaN must not pass for zero
+def unit_vectors(
+    t:Tensor # (...,D)
+) -> Tensor: # (...,D)
+    "Vectors of length 1; a zero vector stays zero and gets no gradient"
+    norm = t.norm(dim=-1, keepdim=True)
+    return torch.where(norm <= 1e-12, 0, t/norm.clamp_min(1e-12)) # NaN must not pass for zero
 
 def supcon_loss(
     features:Tensor, # (N,D) of unit norm, the anchors
@@ -215,7 +215,7 @@ class MCA(RobustLoss):
 
     def __call__(self, v):
         if v.y is not self._y: self._enqueue() # by the next batch, as AWP looks at each batch twice
-        features,y = unit(torch.cat([v.nat.features, v.adv.features])),v.y.repeat(2)
+        features,y = unit_vectors(torch.cat([v.nat.features, v.adv.features])),v.y.repeat(2)
         past = self._past and tuple(t.to(y.device) for t in self._past)
         if self.queue: self._last,self._y = (features.detach(), y),v.y
         return dict(ce=F.cross_entropy(v.adv.logits, v.y), contrast=self.weight*supcon_loss(features, y, self.temperature, past))

@@ -64,6 +64,10 @@ class Method:
     @property
     def needs_standard(self) -> bool: return any('std' in p.needs for p in self.pieces)
     @property
+    def together(self) -> bool:
+        "Are the two models to grow up together, without a warm-up of the standard model?"
+        return any(r.together for r in self.relations) and self.policy is not Frozen
+    @property
     def approximate(self) -> str:
         "What had to be guessed, empty for methods that are documented"
         return '; '.join(p.approximate for p in self.pieces if p.approximate)

@@ -213,7 +213,7 @@ class PixelDL(TfmdDL):
     @property
     def in_memory(self) -> bool:
         "Are batches made by indexing?"
-        return self.rows is not None and self.bs and not self.before_batch.fs and all(isinstance(f, ToTensor) for f in self.after_item.fs)
+        return self.rows is not None and self.images.x is not None and self.bs and not self.before_batch.fs and all(isinstance(f, ToTensor) for f in self.after_item.fs)
 
     def create_batches(self, samps):
         if not self.in_memory: yield from super().create_batches(samps)
@@ -235,9 +235,9 @@ class PixelDL(TfmdDL):
             yield b
 
 def _stored(dataset):
-    "The `Images` behind `dataset` and its rows in there, or twice None if it is not all rows of decoded images"
+    "The `Images` behind `dataset` and its rows in there, or twice None if it is not all rows of them"
     opener = next((f for f in getattr(getattr(dataset, 'tls', [None])[0], 'fs', []) if isinstance(f, OpenImage)), None)
-    rows = list(dataset.items) if opener and opener.images.x is not None and len(dataset.tls) == 2 else []
+    rows = list(dataset.items) if opener and len(dataset.tls) == 2 else []
     if not rows or not all(isinstance(o, (int, np.integer)) for o in rows): return None, None
     return opener.images, torch.tensor(rows)
 

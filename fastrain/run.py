@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['History', 'save_rows', 'environment', 'new_folder', 'read_run', 'method_folder', 'add_methods', 'train_run',
-           'resume_run', 'load_run_model', 'has_average', 'test_batches', 'evaluate_checkpoints', 'evaluate_run']
+           'start_run', 'resume_run', 'load_run_model', 'has_average', 'test_batches', 'evaluate_checkpoints',
+           'evaluate_run']
 
 # %% ../nbs/17_run.ipynb #6674d716
 import json, platform, re, statistics, time
@@ -98,38 +99,47 @@ def train_run(
     out, # Folder of the run, which must be new
     recipe:Recipe=None, # Settings; None: the digits
     methods=('standard', 'at', 'at+train'), # Methods by name, trained one after the other from the same weights
-    device=None # 'cpu', 'cuda', ...; None: fastai's default
+    device=None, # 'cpu', 'cuda', ...; None: fastai's default
+    attacks=('natural', 'pgd20') # Attacks by name, under which they are evaluated
 ) -> list: # A record per method, as in `results.json`
     "Train and evaluate methods on the same data, weights and budget"
+    recipe = recipe or make_recipe()
+    for n in attacks: recipe.eval_attack(n)
+    start_run(out, recipe, methods, device)
+    return resume_run(out, device, attacks=attacks)
+
+def start_run(out, recipe:Recipe=None, methods=('standard', 'at', 'at+train'), device=None):
+    "The folder of a run with its settings, and nothing trained yet; arguments as of `train_run`"
     recipe = recipe or make_recipe()
     _check_methods(methods)
     dls = recipe_dls(recipe, device)
     for m in methods: recipe_learner(recipe, m, dls) # errors in data, names and sizes come before the folder
     save_json(new_folder(out)/'settings.json', dict(recipe=recipe.settings(), methods=list(methods), environment=environment(device)))
-    return resume_run(out, device)
 
 def resume_run(
     out, # Folder of a run
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
-    methods=() # Methods to add to those of the run
+    methods=(), # Methods to add to those of the run
+    attacks=('natural', 'pgd20') # Attacks by name, under which what is trained is evaluated
 ) -> list: # A record per method, as in `results.json`
     "Do what is left of a run, and what is new in `methods`: nothing is trained or evaluated twice"
     out,(recipe,methods) = Path(out),add_methods(out, methods)
+    for n in attacks: recipe.eval_attack(n)
     results = json.loads((out/'results.json').read_text()) if (out/'results.json').exists() else []
     for method in methods[len(results):]:
         print(f'\n{method} ({recipe.backbone}, {recipe.epochs} epochs)')
-        results.append(_train(out, recipe, method, device))
+        results.append(_train(out, recipe, method, device, attacks))
         save_json(out/'results.json', results)
     _picture(out, recipe, methods)
     write_report(out)
     return results
 
-def _train(out, recipe, method, device):
+def _train(out, recipe, method, device, attacks):
     set_seed(recipe.seed)
     dls = recipe_dls(recipe, device)
     learn = recipe_learner(recipe, method, dls, [History(out/'history.csv', method)], out/'checkpoints'/'warm.pt')
     recipe_fit(recipe, learn, [Checkpoint(method_folder(out, method), monitor(learn), resume=True)])
-    return dict(method=method, approximate=parse_method(method).approximate, **evaluate_checkpoints(out, method, recipe, dls), params=sum(p.numel() for p in learn.model.parameters()),
+    return dict(method=method, approximate=parse_method(method).approximate, **evaluate_checkpoints(out, method, recipe, dls, attacks), params=sum(p.numel() for p in learn.model.parameters()),
                 seconds_per_epoch=statistics.median(learn.history.seconds))
 
 # %% ../nbs/17_run.ipynb #00c8d151

@@ -14,7 +14,7 @@ from fastai.torch_core import get_model
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from .core import Registered
+from .core import Registered, eval_mode
 from .losses import Piece, Views
 from .models import load_weights
 
@@ -63,7 +63,6 @@ class AWP(Perturbation):
     def setup(self, cb):
         published = dict(trades=(.005, 10)).get(cb.robust.key, (.01, 0))
         self._gamma,self._warmup = (p if s is None else s for s,p in zip((self.gamma, self.warmup), published))
-        self.restore(cb) # what an interrupt within a batch has left
 
     def perturb(self, cb, v):
         if v.passed(self.of) < self._warmup: return
@@ -81,7 +80,12 @@ def robust_loss(cb, v:Views):
     with cb.precision():
         nat = cb.look(v.x) if 'nat' in robust.needs else None # x before x', as in the step itself
         adv = cb.look(v.x_adv) if 'adv' in robust.needs else None
-    return sum(robust(v.seen(nat=nat, adv=adv)).values())
+        std = _standard_view(cb, v.x) if 'std' in robust.needs else None
+    return sum(robust(v.seen(nat=nat, adv=adv, std=std)).values())
+
+def _standard_view(cb, x):
+    "M's view as a constant, which leaves its running statistics alone: the step itself will look at it in train mode"
+    with eval_mode(cb.policy.model), torch.no_grad(): return cb.policy.view(x)
 
 # %% ../nbs/11a_weights.ipynb #756c3cab
 class Averaging(Piece, Registered):

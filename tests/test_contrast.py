@@ -2,8 +2,10 @@
 import copy, math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from conftest import Call, digit_dls, make_learner, net, quick, quietly, same, snapshot
@@ -315,8 +317,18 @@ def test_loader_without_places():
     learn = make_learner(digit_dls(), net(1), TRAINCallback(net(2), relation=CRD(), attack=quick()))
     with pytest.raises(ValueError, match='which images a batch holds'): quietly(learn)
 
-def test_images_that_are_not_decoded():
-    with pytest.raises(ValueError, match='decoded images'): train_labels(SimpleNamespace(idxs=None, rows=None))
+def test_loader_without_images():
+    with pytest.raises(ValueError, match='pixel_dls'): train_labels(SimpleNamespace(idxs=None, rows=None))
+
+def test_images_that_are_opened_as_needed(tmp_path):
+    for part,n in (('train', 6), ('test', 3)):
+        for c in 'ab':
+            (tmp_path/part/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(np.random.randint(0, 256, (80, 80, 3), dtype=np.uint8)).save(tmp_path/part/c/f'{i}.png')
+    dls = get_dls(tmp_path, bs=4, img_size=72, holdout=0, device='cpu')
+    assert not dls.train.in_memory
+    labels = train_labels(dls.train)
+    for _,y in dls.train: assert torch.equal(labels[dls.train.idxs], y.as_subclass(torch.Tensor))
 
 def with_crd(): return TRAINCallback(net(2, drop=.2), relation=[small(), Topology()], attack=quick())
 

@@ -302,6 +302,16 @@ def test_restarts(restarts):
     nat,adv = batch_accuracy(Valley(), v, PGD(.05), **({} if restarts == 2 else dict(restarts=restarts)))
     assert nat == 1 and abs(adv.item() - .5**restarts) < .04
 
+def test_only_what_is_still_right_moves():
+    "Wrong in a band that the way up crosses: whoever is there, or comes there, must stay; who starts above it survives"
+    class Band(nn.Module):
+        def forward(self, x):
+            m = x.flatten(1) - .5
+            return torch.cat([torch.zeros_like(m), m + torch.where(m.abs() < .02, 1., -1.)], 1)
+    v = Views(torch.full((4000, 1, 1, 1), .5), torch.zeros(4000, dtype=torch.long))
+    nat,adv = batch_accuracy(Band(), v, PGD(.05), restarts=1)
+    assert nat == 0 and abs(adv.item() - .3) < .04
+
 @pytest.mark.parametrize('r2, r3', [(0., 0.), (5., 0.), (0., 3.), (None, None)])
 @pytest.mark.parametrize('variant', las_variants)
 def test_reward(variant, r2, r3):
@@ -345,6 +355,23 @@ def test_target_is_untouched(variant):
     assert same(weights, snapshot(model)) and same(grads, [p.grad for p in model.parameters()]) and modes == [m.training for m in model.modules()]
     assert same(opt, cb.learn.opt.state_dict()) and (cb.perturb is None or cb.perturb._moved == {}) and cb.strategy._log_prob is None
     assert not same(policy, snapshot(cb.strategy._net))
+
+def test_interrupted_on_the_copy():
+    "AWP remembers a displacement of the copy, which must not be taken back from the target"
+    cb = ready(**pieces('awp'))
+    v = batch()
+    crafted(cb, v)
+    weights,calls = snapshot(cb.learn.model),[]
+    class Interrupted(AT):
+        def __call__(self, v):
+            calls.append(1)
+            if len(calls) == 2: raise KeyboardInterrupt # the ascent is the first
+            return super().__call__(v)
+    cb.robust = Interrupted()
+    with pytest.raises(KeyboardInterrupt): stepped(cb, v)
+    assert len(calls) == 2
+    cb.perturb.restore(cb)
+    assert same(weights, snapshot(cb.learn.model))
 
 def test_a_batch_without_update_costs_nothing():
     cb = ready(**pieces('at', interval=2))

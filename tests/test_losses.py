@@ -9,7 +9,7 @@ from conftest import digit_dls, digits, make_learner, net, quick, quietly, same,
 from fastrain.attacks import PGD, Plan
 from fastrain.callback import TRAINCallback
 from fastrain.core import fork_rng, set_seed
-from fastrain.losses import ALP, AT, MART, MCA, TRADES, GAIRAT, Natural, Output, RobustLoss, Views, soft_targets, supcon_loss, unit
+from fastrain.losses import ALP, AT, MART, MCA, TRADES, GAIRAT, Natural, Output, RobustLoss, Views, soft_targets, supcon_loss, unit_vectors
 
 def views(n=7, c=5, d=6, scale=3., dtype=torch.float64, seed=0, **kwargs):
     "A batch whose logits and features are leaves, and these leaves"
@@ -289,8 +289,8 @@ def test_trains(make):
 @pytest.mark.parametrize('n_past', [1, 9])
 def test_supcon_with_past(n_past):
     set_seed(3)
-    f,y,past,labels = torch.randn(6, 4, dtype=torch.float64, requires_grad=True),[0, 0, 1, 2, 1, 2],unit(torch.randn(n_past, 4, dtype=torch.float64)),[i % 4 for i in range(n_past)]
-    got = supcon_loss(unit(f), torch.tensor(y), .3, (past, torch.tensor(labels)))
+    f,y,past,labels = torch.randn(6, 4, dtype=torch.float64, requires_grad=True),[0, 0, 1, 2, 1, 2],unit_vectors(torch.randn(n_past, 4, dtype=torch.float64)),[i % 4 for i in range(n_past)]
+    got = supcon_loss(unit_vectors(f), torch.tensor(y), .3, (past, torch.tensor(labels)))
     want = ref_supcon(list(f), y, .3, list(zip(past, labels)))
     assert got.item() == pytest.approx(want.item(), rel=1e-10)
     torch.testing.assert_close(*(torch.autograd.grad(t, f)[0] for t in (got, want)))
@@ -300,11 +300,11 @@ def test_unit():
     f = torch.randn(3, 4, dtype=torch.float64)
     f[1] = 0
     f.requires_grad_()
-    u = unit(f)
+    u = unit_vectors(f)
     assert u.norm(dim=1).tolist() == pytest.approx([1, 0, 1])
     g, = torch.autograd.grad(u.sum(), f)
     assert g.isfinite().all() and not g[1].any() and g[0].any()
-    assert unit(torch.tensor([[math.nan, 1.]])).isnan().any()
+    assert unit_vectors(torch.tensor([[math.nan, 1.]])).isnan().any()
 
 def parts(loss, seeds, n=3, **kwargs):
     "The contrastive terms of consecutive batches"

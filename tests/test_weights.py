@@ -254,8 +254,6 @@ def test_gradient_is_left_alone():
 
 # --- batches without a step, and interrupts
 
-not_yet = pytest.mark.xfail(strict=True, reason='TRAINCallback takes a perturbation back at the end of a batch only')
-
 def test_accumulation():
     "Weights return after each batch, of a step or not"
     seen,steps = [],[]
@@ -267,7 +265,7 @@ def test_accumulation():
     for i in (0, 2): close(train[2*i], train[2*i + 1], 1e-14) # batches 0 and 2 make no step
     for i in (1, 3): assert (train[2*i]['fc.weight'] - train[2*i + 1]['fc.weight']).abs().max() > 1e-4
 
-@pytest.mark.parametrize('event', [pytest.param('after_pred', marks=not_yet), 'after_loss', 'before_backward', 'before_step'])
+@pytest.mark.parametrize('event', ['after_pred', 'after_loss', 'before_backward', 'before_step'])
 def test_cancelled_batch(event):
     def cancel(learn):
         if learn.training: raise CancelBatchException
@@ -295,7 +293,6 @@ def test_interrupted_and_fitted_again(event):
     quietly(learn, 1, .05, cbs=Call('before_batch', lambda l: seen.append(params(l.model)), -90))
     close(until(2), seen[0], 1e-13)
 
-@not_yet
 @pytest.mark.parametrize('event', ['after_pred', 'after_loss', 'before_step'])
 def test_interrupted_and_validated(event):
     learn = learner(TRAINCallback(None, attack=quick(), perturb=AWP(.1)), net(1).double(), double=True)
@@ -305,14 +302,12 @@ def test_interrupted_and_validated(event):
     with learn.no_bar(), learn.no_logging(): learn.get_preds()
     close(until(2), seen[0], 1e-13)
 
-@not_yet
 def test_interrupted_and_removed():
     "Where `fit` brought the callback and took it away"
     learn = learner(None, net(1).double(), double=True)
     with pytest.raises(KeyboardInterrupt): quietly(learn, 1, .05, cbs=[TRAINCallback(None, attack=quick(), perturb=AWP(.1)), stop_at('after_loss', KeyboardInterrupt)])
     close(until(2), params(learn.model), 1e-13)
 
-@not_yet
 @pytest.mark.parametrize('exc', [CancelFitException, CancelTrainException])
 def test_stopped_within_a_batch(exc):
     seen = []
