@@ -35,5 +35,5 @@ def test_without_the_file_the_names_are_unknown(folder):
     assert p.returncode == 1 and 'no such file' in p.stderr
 
 def test_listed_with_parameters(folder):
-    p = cli('methods', 'js', '--load', 'own_pieces.py', cwd=folder)
+    p = cli('methods', '--piece', 'js', '--load', 'own_pieces.py', cwd=folder)
     assert p.returncode == 0 and 'beta=12.0: Weight of the divergence' in p.stdout
