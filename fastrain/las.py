@@ -9,6 +9,7 @@ __all__ = ['las_variants', 'las_variants_100', 'las_settings', 'stepped', 'batch
 import copy
 from types import SimpleNamespace
 
+import timm
 import torch
 from fastai.torch_core import get_model
 from torch import Tensor, nn
@@ -91,6 +92,7 @@ class LAS(Strategy):
         r3:float=None # Weight of the natural accuracy; None: as published, 1 to 4
     ):
         if variant is not None: lookup(variant, las_variants, 'variant')
+        if isinstance(net, str) and not timm.is_model(net.partition('.')[0]): lookup(net, timm.list_models(), 'backbone')
         if not isinstance(net, (str, nn.Module)): raise ValueError(f'net={net!r}: expected the name of a backbone or an nn.Module')
         if not lr > 0: raise ValueError(f'lr={lr!r}: expected a positive learning rate')
         if interval is not None and (int(interval) != interval or interval < 1): raise ValueError(f'interval={interval!r}: expected a whole number of batches ≥ 1')

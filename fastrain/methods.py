@@ -30,21 +30,27 @@ _about = dict(robust='robust losses: the loss of M\' and the adversary it was ma
               average='weight averages. At most one, with any method; evaluated beside the raw weights')
 
 # %% ../nbs/12a_methods.ipynb #9295840d
-rows = {"train'": 'train:detach=false', 'train*': 'train+frozen', 'ours': 'train', 'rkd': 'absolute', 'lbgat_detach': 'lbgat:detach=true',
+rows = {'standardtraining': 'standard', "train'": 'train:detach=false', 'train*': 'train+frozen', 'ours': 'train', 'rkd': 'absolute', 'lbgat_detach': 'lbgat:detach=true',
         'lbgat0': 'trades:beta=0+lbgat', 'lbgat6': 'trades:beta=6+lbgat', 'fat-trades': 'trades+fat', 'fat-mart': 'mart+fat', 'at-awp': 'at+awp', 'trades-awp': 'trades+awp',
         'las-at': 'at:confidence=.7+las', 'las-trades': 'trades+las', 'las-awp': 'at+las:variant=awp+awp', 'ecas-at': 'at:confidence=.7+ecas', 'ecas-trades': 'trades+ecas', 'ecas-awp': 'at+ecas:variant=awp+awp'}
+
+_plain_signs = str.maketrans({'′': "'", '’': "'", '∗': '*', 'β': 'beta'})
 
 def canonical(
     method:str # As typed, or as a table prints it: 'Vanilla AT + TRAIN*', 'TRADES (β = 6.0) + LBGAT', 'at+train'
 ) -> str: # Pieces joined by +, such as 'at+train+frozen'
     "The pieces that a method's name stands for"
-    s = re.sub(r'[\s$\\{}]|\[[^\]]*\]', '', method.lower().replace('vanilla', '')).replace('′', "'").replace('’', "'").replace('β', 'beta')
+    s = re.sub(r'[\s$\\{}^]|\[[^\]]*\]|(?i:vanilla)', '', method).translate(_plain_signs)
     s = re.sub(r'\((\w+=[^)]*)\)', r':\1', s)
     return '+'.join(_expand(p) for p in s.split('+'))
 
 def _expand(part):
-    if part in rows: return rows[part]
-    return rows.get(part.rstrip('*'), part.rstrip('*')) # a star marks quoted figures, except in TRAIN*
+    "What a row's name stands for; a star marks quoted figures, except in TRAIN*"
+    key,_,args = part.partition(':')
+    args = args.rstrip('*')
+    key = key.lower() if key.lower() in rows else key.lower().rstrip('*')
+    name = rows.get(key, key)
+    return name + (',' if ':' in name.rpartition('+')[2] else ':')*bool(args or part.endswith(':')) + args
 
 # %% ../nbs/12a_methods.ipynb #2a8f38a0
 @dataclass
@@ -93,8 +99,9 @@ def _add(found, part, method):
     "Enter the piece that `part` names"
     key,_,text = part.partition(':')
     axis = lookup(key, {k: axis for axis,family in families.items() for k in family.registry}, 'method')
-    args = _arguments(text, method)
-    try: piece = (families[axis].registry[key], _checked(families[axis].registry[key], args)) if axis == 'policy' else families[axis].named(key, **args)
+    try:
+        args = _arguments(text, families[axis].registry[key], method)
+        piece = (families[axis].registry[key], args) if axis == 'policy' else families[axis].named(key, **args)
     except (TypeError, ValueError) as e: raise ValueError(f'{method!r}: {e}') from None
     rivals = [k for k in found.get('keys', {}).get(axis, []) if axis != 'relations' or k == key]
     if rivals: raise ValueError(f'{method!r} names two pieces of one kind ({axis}): {rivals[0]} and {key}. Only one can be used')
@@ -102,19 +109,27 @@ def _add(found, part, method):
     if axis == 'relations': found.setdefault(axis, []).append(piece)
     else: found[axis] = piece
 
-def _checked(policy, args):
-    "Arguments of a policy, which is made later, with its model"
-    inspect.signature(policy.__init__).bind(None, 'standard', **args)
-    return args
+def _arguments(text, piece, method):
+    "Arguments for `piece` as they were typed, in any case"
+    pairs = [p.partition('=') for p in re.split(r',(?![^()]*\))', text) if p] # not at the commas of a tuple
+    if any(not (k and v) for k,_,v in pairs): raise ValueError('write parameters as name=value, for example trades:beta=3')
+    names,pairs = {n.lower(): n for n in _parameter_names(piece)},[(k.lower(), e, v) for k,e,v in pairs]
+    for k,_,_ in pairs:
+        if k not in names: raise ValueError(f'{piece.key} has no parameter {k!r}; it has {", ".join(names.values()) or "none"}')
+    return {names[k]: _literal(v) for k,_,v in pairs}
 
-def _arguments(text, method):
-    pairs = [p.partition('=') for p in text.split(',') if p]
-    if any(not (k and v) for k,_,v in pairs): raise ValueError(f'{method!r}: write parameters as name=value, for example trades:beta=3')
-    return {k: _literal(v) for k,_,v in pairs}
+def _parameter_names(piece) -> list:
+    "Names of the constructor's arguments, those passed on to its base included"
+    if piece.__init__ is object.__init__: return []
+    params = inspect.signature(piece.__init__).parameters.values()
+    own = [p.name for p in params if p.kind is not p.VAR_KEYWORD and p.name not in ('self', 'standard')]
+    return own + [n for n in _parameter_names(piece.__mro__[1]) if n not in own]*any(p.kind is p.VAR_KEYWORD for p in params)
 
 def _literal(v):
-    try: return ast.literal_eval(v.capitalize() if v in ('true', 'false', 'none') else v)
-    except (ValueError, SyntaxError): return v
+    try: return ast.literal_eval(v.capitalize() if v.lower() in ('true', 'false', 'none') else v)
+    except (ValueError, SyntaxError): pass
+    try: return float(v) # inf
+    except ValueError: return v
 
 # %% ../nbs/12a_methods.ipynb #2b6c8ea8
 def list_pieces() -> list: # A dictionary per piece: family, key, doc, parameters (`{name: (default, meaning)}`), paper, approximate

@@ -92,8 +92,10 @@ class Topology(Relation):
         detach_rho:bool=False, # Treat M''s nearest-neighbour distances as constants
         weight:float=None # A constant weight; None: the λ(t) of the training
     ):
-        self.weight,self.joint = check_weight(weight),not detach
+        self.weight = check_weight(weight)
         self.reduction,self.detach,self.detach_rho = lookup(reduction, ('sum', 'batchmean'), 'reduction'),detach,detach_rho
+    @property
+    def joint(self): return not self.detach
     def __call__(self, v): return topology_loss(v.std.features, v.adv.features, self.reduction, self.detach, self.detach_rho)
 
 # %% ../nbs/09_relations.ipynb #904d015d
@@ -186,7 +188,9 @@ class LBGAT(Relation):
         weight:float=1. # γ, 1 as published; None: the λ(t) of the training
     ):
         if ce not in (None, True, False): raise ValueError(f'ce={ce!r}: expected None, True or False')
-        self.detach,self.ce,self.weight,self.together = detach,ce,check_weight(weight),not detach # large logits of a trained M would draw M' to them with such force that both break down
+        self.detach,self.ce,self.weight = detach,ce,check_weight(weight)
+    @property
+    def together(self): return not self.detach # large logits of a trained M would draw M' to them with such force that both break down
     def drops(self, robust): return robust.replaceable if self.ce is None else () if self.ce else ('ce',)
     def __call__(self, v):
         std,adv = v.std.logits,v.adv.logits

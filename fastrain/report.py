@@ -55,9 +55,10 @@ def plot_curves(
         axs[1].plot(x, h.robust_loss, color=color, label=method, marker='.')
         if term and h[term].notna().any():
             axs[2].plot(x, h[term], color=color, label=f'{method}: L_TP', marker='.')
-            twin = axs[2].twinx()
-            twin.plot(x, h['lambda'], color='.6', ls=':')
-            twin.set(ylabel='λ (dotted)', ylim=(0, None))
+            if 'lambda' in h and h['lambda'].notna().any():
+                twin = axs[2].twinx()
+                twin.plot(x, h['lambda'], color='.6', ls=':')
+                twin.set(ylabel='λ (dotted)', ylim=(0, None))
     axs[0].set(title=f'natural (solid), {robust.removesuffix("_accuracy")} (dashed)', ylabel='validation accuracy, %', ylim=(0, 100))
     axs[1].set(title='robust loss', ylabel='L_robust of a training batch')
     if term: axs[2].set(title='topology loss', ylabel='L_TP of a training batch')

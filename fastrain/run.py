@@ -27,6 +27,7 @@ from .models import create_backbone, load_weights
 from .methods import canonical, parse_method
 from .recipes import Recipe, make_recipe, monitor, recipe_dls, recipe_fit, recipe_learner
 from .report import plot_images, save_figure, write_report
+from .standard import trained_standard
 
 # %% ../nbs/17_run.ipynb #8a4ad86f
 class History(Callback):
@@ -90,8 +91,10 @@ def add_methods(out, methods) -> tuple: # recipe, all methods
     "Enter more methods into the settings of a run"
     recipe,old = read_run(out)
     _check_methods(methods)
-    if new := [m for m in methods if m not in old]:
-        file = Path(out)/'settings.json'
+    known = set(map(canonical, old))
+    if new := [m for m in methods if canonical(m) not in known]:
+        file,dls = Path(out)/'settings.json',recipe_dls(recipe, 'cpu')
+        for m in new: recipe_learner(recipe, m, dls) # errors come before it is entered, or the run could not be resumed
         save_json(file, dict(json.loads(file.read_text()), methods=[*old, *new]))
     return recipe,[*old, *new]
 
@@ -150,6 +153,7 @@ def load_run_model(
 ) -> tuple: # model, epoch (from 1)
     "A model of a run, in eval mode"
     state = load_tensors(method_folder(out, method)/f'{"last" if which == "average" else which}.pt')
+    if which == 'average' and not _average(state): raise ValueError(f'{method!r} has no averaged weights: add ema to the method')
     weights = _average(state)['model'] if which == 'average' else state['model']
     model = load_weights(create_backbone(**state['settings']), weights)
     return model.eval(), state['epoch']
@@ -167,7 +171,7 @@ def test_batches(dls):
 def evaluate_checkpoints(out, method, recipe, dls, attacks=('natural', 'pgd20')) -> dict:
     "Last and best checkpoint of a method, and its averaged weights if it has them, under named attacks on the test set"
     attacks = {n: recipe.eval_attack(n) for n in attacks}
-    anchor,source = _anchor(out, method)
+    anchor,source = _anchor(out, method, recipe, dls)
     on = 'pgd20' if 'pgd20' in attacks else None
     record = {}
     for which in ('last', 'best', *(['average'] if has_average(out, method) else [])):
@@ -181,13 +185,14 @@ def evaluate_checkpoints(out, method, recipe, dls, attacks=('natural', 'pgd20'))
     pgd = recipe.eval_attack('pgd20')
     return dict(record, attacks=list(attacks), anchor=source, l_tp_attack=on or list(attacks)[-1], bs=recipe.bs, eval_eps=pgd.eps, eval_alpha=pgd.alpha, valid_is_test=dls.valid_is_test)
 
-def _anchor(out, method):
+def _anchor(out, method, recipe, dls):
     "The standard model that L_TP is measured against, and where it is from"
     own = method_folder(out, 'standard')/'last.pt'
     if own.exists() and (state := load_tensors(own))['epoch'] == state['n_epoch']: return load_run_model(out, 'standard')[0], "the run's own `standard`"
     state = load_tensors(method_folder(out, method)/'last.pt')['callbacks']['train_cb']['standard']
     if state is None: return None, None
-    return load_weights(create_backbone(**state['settings']), state['model']).eval(), 'the one that trained beside it'
+    like = create_backbone(**state['settings']) if state['settings'] else trained_standard(recipe.standard, dls.c, dls.train.one_batch()[0].shape[-1]) # of another image size or other classes
+    return load_weights(like, state['model']).eval(), 'the one beside it'
 
 def evaluate_run(
     out, # Folder of a run

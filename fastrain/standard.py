@@ -205,7 +205,7 @@ def trained_standard(
     if file.is_dir() and not (file := file/'checkpoints'/'standard'/'last.pt').is_file():
         raise ValueError(f'{source} has no checkpoints/standard/last.pt: give a run with the method `standard`, or a checkpoint file')
     state = load_tensors(file)
-    if not state.get('settings'): raise ValueError(f'{file} does not say which backbone it is of. Give a checkpoint of a run, such as runs/digits/checkpoints/standard/last.pt')
+    if not (isinstance(state, dict) and state.get('settings') and 'model' in state): raise ValueError(f'{file} does not say which backbone it is of. Give a checkpoint of a run, such as runs/digits/checkpoints/standard/last.pt')
     settings = state['settings']
     if settings['n_classes'] != n_classes: raise ValueError(f'{file} has {settings["n_classes"]} classes, but the data have {n_classes}: give a standard model that was trained for these data')
     model = load_weights(create_backbone(**settings), state['model'])

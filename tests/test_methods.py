@@ -24,18 +24,23 @@ printed = { # marks of quotation, of references and of mathematics included
     # Tables 1 and 2
     'Vanilla AT* [□]': [AT()], 'MART* [□]': [MART()], 'FAT* [♥]': [AT(), FAT()], 'GAIRAT* [III]': [GAIRAT()], 'AWP* [██]': [AT(), AWP()], 'SAT* [四]': [AT(), SAT()],
     'ECAS [15]': [AT(.7), ECAS()], 'ECAS+TRAIN': [AT(.7), ECAS(), Topology()], 'TRADES* [₩]': [TRADES()], 'LAS-TRADES* [□]': [TRADES(), LAS()], 'TRADES + TRAIN': [TRADES(), Topology()],
-    'TRADES + LBGAT [1]': [TRADES(), LBGAT()], 'TRADES + LBGAT* [1]': [TRADES(), LBGAT()], 'TRADES + LBGAT +TRAIN': [TRADES(), LBGAT(), Topology()], 'TRADES + LBGAT+ TRAIN': [TRADES(), LBGAT(), Topology()],
+    'TRADES + LBGAT [1]': [TRADES(), LBGAT()], 'TRADES + LBGAT* [1]': [TRADES(), LBGAT()], 'TRADES + LBGAT +TRAIN': [TRADES(), LBGAT(), Topology()],
+    'TRADES + LBGAT+ TRAIN': [TRADES(), LBGAT(), Topology()],
     # Table 3
-    'MCA [□]': [MCA()], 'Vanilla AT + RKD [43]': [AT(), AbsoluteCosine()], 'Vanilla AT + CRD [111]': [AT(), CRD()], "Vanilla AT + TRAIN'": [AT(), Topology(detach=False)], 'Vanilla AT + TRAIN': [AT(), Topology()],
+    'MCA [□]': [MCA()], 'Vanilla AT + RKD [43]': [AT(), AbsoluteCosine()], 'Vanilla AT + CRD [111]': [AT(), CRD()], "Vanilla AT + TRAIN'": [AT(), Topology(detach=False)],
+    'Vanilla AT + TRAIN': [AT(), Topology()],
     # Tables 5 and 6
-    'Standard Training': [Natural()], 'Vanilla AT [□]': [AT()], 'Vanilla AT + LBGAT [1]': [AT(), LBGAT()], 'Vanilla AT + LBGAT + TRAIN': [AT(), LBGAT(), Topology()], 'TRADES + LBGAT + TRAIN': [TRADES(), LBGAT(), Topology()],
+    'Standard Training': [Natural()], 'Vanilla AT [□]': [AT()], 'Vanilla AT + LBGAT [1]': [AT(), LBGAT()], 'Vanilla AT + LBGAT + TRAIN': [AT(), LBGAT(), Topology()],
+    'TRADES + LBGAT + TRAIN': [TRADES(), LBGAT(), Topology()],
     # Table 7
-    'Vanilla AT + LBGAT* [■]': [AT(), LBGAT()], 'ALP* [□]': [ALP()], 'LBGAT + ALP* [■]': [ALP(), LBGAT()], r'TRADES $(\beta = 6.0)$ * [53]': [TRADES(6)], r'TRADES $(\beta = 6.0) + LBGAT^*$': [TRADES(6), LBGAT()],
+    'Vanilla AT + LBGAT* [■]': [AT(), LBGAT()], 'ALP* [□]': [ALP()], 'LBGAT + ALP* [■]': [ALP(), LBGAT()], r'TRADES $(\beta = 6.0)$ * [53]': [TRADES(6)],
+    r'TRADES $(\beta = 6.0) + LBGAT^*$': [TRADES(6), LBGAT()],
     r'TRADES ( $\beta = 6.0$ ) + Ours': [TRADES(6), Topology()], r'TRADES ( $\beta = 6.0$ ) + LBGAT+ Ours': [TRADES(6), LBGAT(), Topology()],
     # Tables 11 and 12
     'Vanilla AT': [AT()], 'Vanilla AT + TRAIN*': [AT(), Topology(), Frozen], 'Vanilla AT+ TRAIN': [AT(), Topology()], 'TRADES': [TRADES()], 'TRADES +TRAIN': [TRADES(), Topology()],
     # FRPAT, an earlier version
-    'Vanilla AT + Ours': [AT(), Topology()], 'Vanilla AT + LBGAT + Ours': [AT(), LBGAT(), Topology()], 'TRADES + LBGAT +Ours': [TRADES(), LBGAT(), Topology()], r'Vanilla AT + $LBGAT_{detach}$': [AT(), LBGAT(detach=True)],
+    'Vanilla AT + Ours': [AT(), Topology()], 'Vanilla AT + LBGAT + Ours': [AT(), LBGAT(), Topology()], 'TRADES + LBGAT +Ours': [TRADES(), LBGAT(), Topology()],
+    r'Vanilla AT + $LBGAT_{detach}$': [AT(), LBGAT(detach=True)],
     r'TRADES ($\beta = 0$) + LBGAT': [TRADES(0), LBGAT()], r'TRADES ($\beta = 0$) + LBGAT+Ours': [TRADES(0), LBGAT(), Topology()], '$TRADES + LBGAT* [4]$': [TRADES(), LBGAT()],
     # the tables of others
     'LBGAT0': [TRADES(0), LBGAT()], 'LBGAT6': [TRADES(6), LBGAT()], 'FAT-TRADES': [TRADES(), FAT()], 'FAT-MART': [MART(), FAT()], 'AT-AWP': [AT(), AWP()], 'TRADES-AWP': [TRADES(), AWP()],
@@ -58,7 +63,8 @@ def test_canonical_is_final(method):
     assert canonical(name) == name == parse_method(method).name and made(parse_method(name)) == made(parse_method(method))
     assert not re.search(r"[\s*'$\\(){}\[\]]", name) # to be typed in any shell
 
-variants = {'at+train+frozen': ['at+train*', 'AT+TRAIN*', ' Vanilla AT  +  TRAIN* ', r'vanilla AT+TRAIN\*', 'Vanilla AT* + TRAIN*', 'Vanilla AT + TRAIN* [7]', 'Vanilla\u00a0AT + TRAIN*', 'Vanilla AT + TRAIN∗'],
+variants = {'at+train+frozen': ['at+train*', 'AT+TRAIN*', ' Vanilla AT  +  TRAIN* ', r'vanilla AT+TRAIN\*', 'Vanilla AT* + TRAIN*', 'Vanilla AT + TRAIN* [7]', 'Vanilla\u00a0AT + TRAIN*',
+                                'Vanilla AT + TRAIN∗'],
             'at+train:detach=false': ["at+train'", 'Vanilla AT + TRAIN’', 'Vanilla AT + TRAIN′', "vanilla at +\tTrain'", "Vanilla AT + TRAIN'*"],
             'trades:beta=6.0+lbgat': ['TRADES (β = 6.0) + LBGAT', 'TRADES(β=6.0)+LBGAT*', r'TRADES $(\beta=6.0)$ + LBGAT', 'trades (beta = 6.0) + lbgat', 'TRADES:beta=6.0 + LBGAT'],
             'at+lbgat:detach=true': ['at+lbgat_detach', r'Vanilla AT + $LBGAT_{detach}$', r'Vanilla AT + $\LBGAT_{detach}^*$', 'Vanilla AT + LBGAT_detach*']}
@@ -69,8 +75,10 @@ def test_typographic_variant(variant, name): assert canonical(variant) == name
 # --- parameters
 
 typed = {'trades:beta=3': TRADES(3.), 'trades:beta=.5': TRADES(.5), 'trades:beta=1e-1': TRADES(.1), 'train:weight=10,reduction=batchmean': Topology('batchmean', weight=10), 'train:weight=none': Topology(),
-         'train:detach_rho=true': Topology(detach_rho=True), 'train:detach_rho=True': Topology(detach_rho=True), 'lbgat:ce=false,weight=None': LBGAT(ce=False, weight=None), 'sat:shape=steps,start=-.2': SAT(shape='steps', start=-.2),
-         'las:net=resnet10t_16,r2=1': LAS(net='resnet10t_16', r2=1), 'awp:gamma=.01,of=none': AWP(.01, of=None), 'ema:decay=.9,warmup=false': EMA(.9, False), 'mca:queue=64': MCA(queue=64), 'crd:k=64,T=.1': CRD(64, T=.1),
+         'train:detach_rho=true': Topology(detach_rho=True), 'train:detach_rho=True': Topology(detach_rho=True), 'lbgat:ce=false,weight=None': LBGAT(ce=False, weight=None),
+         'sat:shape=steps,start=-.2': SAT(shape='steps', start=-.2),
+         'las:net=resnet10t_16,r2=1': LAS(net='resnet10t_16', r2=1), 'awp:gamma=.01,of=none': AWP(.01, of=None), 'ema:decay=.9,warmup=false': EMA(.9, False), 'mca:queue=64': MCA(queue=64),
+         'crd:k=64,T=.1': CRD(64, T=.1),
          'fat:breaks=(50,90),of=120': FAT((50,90), 120), 'gairat:begin=0,lam=inf': GAIRAT(0, lam=float('inf'))}
 
 @pytest.mark.parametrize('method', typed)
@@ -93,7 +101,8 @@ def test_parameters_of_a_policy():
     assert parse_method('train+frozen:seed=5').policy_args == dict(seed=5)
 
 lines = {None: [], '': [], 'at': ['at'], 'standard,at,at+train': ['standard', 'at', 'at+train'], 'Vanilla AT, Vanilla AT + TRAIN*': ['at', 'at+train+frozen'],
-         'at,trades:beta=3+las:lr=.1,r2=1': ['at', 'trades:beta=3+las:lr=.1,r2=1'], 'lbgat:detach=true,ce=false,at,ema:decay=.9,warmup=false': ['lbgat:detach=true,ce=false', 'at', 'ema:decay=.9,warmup=false'],
+         'at,trades:beta=3+las:lr=.1,r2=1': ['at', 'trades:beta=3+las:lr=.1,r2=1'],
+         'lbgat:detach=true,ce=false,at,ema:decay=.9,warmup=false': ['lbgat:detach=true,ce=false', 'at', 'ema:decay=.9,warmup=false'],
          'las:lr=.1, r2=1, at': ['las:lr=.1,r2=1', 'at'], 'TRADES (β = 6.0) + LBGAT,TRADES (β = 0)': ['trades:beta=6.0+lbgat', 'trades:beta=0'],
          'trades+fat:breaks=(50,90),of=120,at': ['trades+fat:breaks=(50,90),of=120', 'at'], 'fat:of=120,breaks=(50,90),at': ['fat:of=120,breaks=(50,90)', 'at']}
 
@@ -102,19 +111,25 @@ def test_methods_of_a_command_line(line): assert [parse_method(m).name for m in 
 
 # --- what is refused, with the reason
 
-refused = {'at+trades': r'\(robust\): at and trades', 'trades+LAS-AT': r'\(robust\)', 'fat+sat': r'\(strategy\): fat and sat', 'at+las+ecas': r'\(strategy\)', 'awp+awp': r'\(perturb\)', 'ema+at+ema:decay=.9': r'\(average\)',
+refused = {'at+trades': r'\(robust\): at and trades', 'trades+LAS-AT': r'\(robust\)', 'fat+sat': r'\(strategy\): fat and sat', 'at+las+ecas': r'\(strategy\)', 'awp+awp': r'\(perturb\)',
+           'ema+at+ema:decay=.9': r'\(average\)',
            'train+train': r'\(relations\): train and train', "train+train'": r'\(relations\)', 'train+frozen+cotrained': r'\(policy\): frozen and cotrained', 'train*+cotrained': r'\(policy\)',
-           'standard+train': r'Topology.*adversarial images, but Natural\(\) makes none', 'standard+lbgat': r'LBGAT.*makes none', 'standard+fat': r'FAT.*makes none', 'gairat+fat': r'GAIRAT.*strategy of its own, which FAT',
-           'at+frozen': 'frozen is about the standard model, but no piece', 'mart+cotrained+awp': 'cotrained is about the standard model', 'standard+frozen': 'frozen', "train'+frozen": 'Topology.*would train the standard model',
-           'tarin': "'train'", 'at+tardes': "'trades'", 'at+awpp:gamma=1': "'awp'", 'trades:beta=-1': 'beta=-1', 'trades:beta=big': 'beta|big', 'trades:gamma=3': 'gamma', 'train:reduction=mean': 'batchmean', 'ema:decay=1': 'decay=1',
-           'trades:beta': 'name=value', 'trades:beta=': 'name=value', 'trades:=3': 'name=value', 'trades:3': 'name=value', 'train+cotrained:colour=3': 'colour', 'train+frozen:colour=3': 'colour', 'train+frozen:follow=true': 'follow',
+           'standard+train': r'Topology.*adversarial images, but Natural\(\) makes none', 'standard+lbgat': r'LBGAT.*makes none', 'standard+fat': r'FAT.*makes none',
+           'gairat+fat': r'GAIRAT.*strategy of its own, which FAT',
+           'at+frozen': 'frozen is about the standard model, but no piece', 'mart+cotrained+awp': 'cotrained is about the standard model', 'standard+frozen': 'frozen',
+           "train'+frozen": 'Topology.*would train the standard model',
+           'tarin': "'train'", 'at+tardes': "'trades'", 'at+awpp:gamma=1': "'awp'", 'trades:beta=-1': 'beta=-1', 'trades:beta=big': 'beta|big', 'trades:gamma=3': 'gamma',
+           'train:reduction=mean': 'batchmean', 'ema:decay=1': 'decay=1',
+           'trades:beta': 'name=value', 'trades:beta=': 'name=value', 'trades:=3': 'name=value', 'trades:3': 'name=value', 'train+cotrained:colour=3': 'colour',
+           'train+frozen:colour=3': 'colour', 'train+frozen:follow=true': 'follow',
            '': "method ''", 'at+': "method ''", '+at': "method ''", 'at++train': "method ''", 'vanilla': "method ''"}
 
 @pytest.mark.parametrize('method', refused)
 def test_refused(method):
     with pytest.raises(ValueError, match=refused[method]): parse_method(method)
 
-@pytest.mark.parametrize('method', ['standard+awp+ema', 'gairat+train', 'train+absolute+rkd-d+rkd-a+pkt+crd+lbgat', 'lbgat+frozen', "train'+cotrained", 'trades+fat+lbgat+train+awp+ema+cotrained', 'mca+las:variant=at+train*'])
+@pytest.mark.parametrize('method', ['standard+awp+ema', 'gairat+train', 'train+absolute+rkd-d+rkd-a+pkt+crd+lbgat', 'lbgat+frozen', "train'+cotrained",
+    'trades+fat+lbgat+train+awp+ema+cotrained', 'mca+las:variant=at+train*'])
 def test_not_refused(method): assert made(parse_method(method))
 
 # --- what is listed
@@ -188,7 +203,8 @@ def test_printed_on_the_command_line(capsys):
 robust,strategies = [p['key'] for p in pieces if p['family'] == 'robust'],[p['key'] for p in pieces if p['family'] == 'strategy']
 terms = {'train': 'l_tp', 'absolute': 'absolute', 'rkd-d': 'rkd_d', 'rkd-a': 'rkd_a', 'pkt': 'pkt', 'lbgat': 'lbgat', 'crd': 'crd'} # columns in the recorder
 every = [*robust, *(f'{r}+train' for r in robust if r != 'standard'), *(f'at+{t}' for t in terms), *(f'trades+{s}+train' for s in strategies), *map(canonical, [*printed, *rows]),
-         'standard+awp+ema', 'at+awp:of=none+train', 'trades+awp:warmup=0+lbgat', 'at+ema+train', 'at+train+cotrained', 'at+lbgat+frozen', 'trades+lbgat+train+awp+ema', 'at+train:weight=3', 'at+absolute+pkt+train']
+         'standard+awp+ema', 'at+awp:of=none+train', 'trades+awp:warmup=0+lbgat', 'at+ema+train', 'at+train+cotrained', 'at+lbgat+frozen', 'trades+lbgat+train+awp+ema', 'at+train:weight=3',
+         'at+absolute+pkt+train']
 every = sorted({re.sub(r'^at\+(?!las|ecas)|:beta=6(\.0)?', '', canonical(m)) for m in every}) # without what goes without saying, so that none comes twice
 
 def small(method):

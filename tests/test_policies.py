@@ -186,7 +186,8 @@ def test_by_name(dls, tmp_path):
     p = standard('train+cotrained:follow=false', dls, tmp_path/'warm.pt')
     assert type(p) is CoTrained and not p.follow and p.keep == tmp_path/'warm.pt'
 
-@pytest.mark.parametrize('method, warmup', [('lbgat', 0), ('trades+lbgat+train', 0), ('lbgat+cotrained', 0), ('lbgat:detach=true', 1), ('lbgat+frozen', 1), ('lbgat+train*', 1), ('lbgat+cotrained:warmup=2', 2), ("train'", 1)])
+@pytest.mark.parametrize('method, warmup', [('lbgat', 0), ('trades+lbgat+train', 0), ('lbgat+cotrained', 0), ('lbgat:detach=true', 1),
+    ('lbgat+frozen', 1), ('lbgat+train*', 1), ('lbgat+cotrained:warmup=2', 2), ("train'", 1)])
 def test_models_that_grow_up_together(dls, method, warmup):
     "Those of LBGAT, which have no warm-up unless the method asks for one, or M is to be frozen"
     assert standard(method, dls).warmup == warmup
