@@ -46,6 +46,16 @@ def share(like, folder, *names):
         source,to = like/'checkpoints'/n,folder/'checkpoints'/n
         shutil.copytree(source, to) if source.is_dir() else (to.parent.mkdir(exist_ok=True), shutil.copy(source, to))
 
+def collect(out):
+    "Every record that is there, with the part it belongs to and the accuracy of its standard model on the held-out images"
+    for file in sorted(out.glob('*/results.json')):
+        name,_,seed = file.parent.name.rpartition('-')
+        for r in json.loads(file.read_text()): yield dict(r, part=name or 'main', seed=int(seed), standard_accuracy=_standard_accuracy(file.parent, r['method']))
+
+def _standard_accuracy(folder, method):
+    with (folder/'history.csv').open() as f: last = [r for r in csv.DictReader(f) if r['method'] == method][-1]
+    return float(last['std_accuracy']) if last.get('std_accuracy') else None
+
 @call_parse
 def main(
     data:str, # Folder of images
@@ -71,13 +81,3 @@ def main(
                 changes = dict(changes, standard=str(oracle))
             run(out/f'{name}-{seed}', variants, out/str(seed), data=data, seed=seed, **changes)
     if result: save_json(result, dict(recipe=dict(make_recipe(**SMALL).settings(), data='CIFAR-10 (JPEG)'), environment=environment(), variants={k: v[0] for k,v in VARIANTS.items()}, records=list(collect(out))))
-
-def collect(out):
-    "Every record that is there, with the part it belongs to and the accuracy of its standard model on the held-out images"
-    for file in sorted(out.glob('*/results.json')):
-        name,_,seed = file.parent.name.rpartition('-')
-        for r in json.loads(file.read_text()): yield dict(r, part=name or 'main', seed=int(seed), standard_accuracy=_standard_accuracy(file.parent, r['method']))
-
-def _standard_accuracy(folder, method):
-    with (folder/'history.csv').open() as f: last = [r for r in csv.DictReader(f) if r['method'] == method][-1]
-    return float(last['std_accuracy']) if last.get('std_accuracy') else None
