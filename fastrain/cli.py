@@ -30,7 +30,7 @@ def split_methods(s) -> list:
 def load_pieces(files):
     "Run Python files that define pieces, which registers them"
     for f in files.split(',') if files else []:
-        if not Path(f).is_file(): raise ValueError(f'--load {f}: there is no such file. Give a Python file that defines subclasses of RobustLoss, Relation, ...')
+        if not (Path(f).is_file() and f.endswith('.py')): raise ValueError(f'--load {f}: there is no such file, or it does not end in .py. Give a Python file that defines subclasses of RobustLoss, Relation, ...')
         spec = importlib.util.spec_from_file_location(f'fastrain_{Path(f).stem}', f)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
