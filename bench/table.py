@@ -21,7 +21,7 @@ ROBUST = 'AT', 'TRADES', 'ALP', 'MART', 'AT + LBGAT', 'LBGAT6', 'LBGAT0', 'FAT',
 OTHER = 'AT + RKD', 'AT + RKD-D', 'AT + RKD-A', 'AT + CRD', 'AT + PKT', "AT + TRAIN'", 'AT + TRAIN*', 'AT + LBGAT_detach', 'AT-AWP', 'TRADES-AWP', 'AT + EMA', 'TRADES + LBGAT + TRAIN + AWP + EMA'
 METHODS = ['standard', *(m for r in ROBUST for m in (r, f'{r} + TRAIN')), *OTHER]
 SETTINGS = dict(epochs=6, steps=4, n_train=1000, n_valid=10)
-LAS = 'net=resnet10t_16,interval=20' # strategy network as small as the other two, and it learns from every 20th batch: LAS-TRADES and LAS-AWP as published, from each, take five times as long
+LAS = 'net=resnet10t_16,interval=20' # strategy network as small as the other two, and it learns from every 20th batch: as published, from each, LAS-TRADES takes about twice as long
 
 def record(method, seed, standard=None) -> tuple: # What is written, the trained model
     "Train and evaluate one method"

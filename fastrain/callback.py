@@ -24,7 +24,7 @@ from .losses import AT, Output, RobustLoss, Views
 from .features import FeatureCapture, find_classifier, logits_and_features, n_outputs
 from .relations import Relation, Topology
 from .schedules import as_lambda
-from .standard import Frozen, as_policy, standard_learner, step_beside
+from .standard import as_policy, standard_learner, step_beside
 from .strategies import Strategy
 from .weights import Averaging, Perturbation
 
@@ -111,7 +111,7 @@ class TRAINCallback(Callback):
         self.perturb,self.average,self.lam = perturb,average,as_lambda(lam)
         self.pieces = {n: p for n,p in dict(robust=self.robust, strategy=strategy, **{r.term: r for r in self.relations}, perturb=perturb, average=average).items() if p}
         self.needs = {n for p in self.pieces.values() for n in p.needs}
-        check_pieces(self.robust, strategy, self.relations, self.policy is not None, isinstance(self.policy, Frozen))
+        check_pieces(self.robust, strategy, self.relations, self.policy is not None, self.policy is not None and not self.policy.trains)
         self.first = 'nat' if 'nat' in self.needs else 'adv' # the view of the learner's own forward; x before x', as the papers' code
         self.fitting,self.columns,self._side = False,{},None
 
@@ -140,7 +140,7 @@ class TRAINCallback(Callback):
         n_classes,x = self._check()
         if self.policy:
             self.policy.build(self.learn, n_classes, x.shape[-1], x.device)
-            if not isinstance(self.policy, Frozen): check_classes(self.policy.model, n_classes, 'standard') # a frozen one may be of other classes: topology needs its features only
+            if self.policy.trains: check_classes(self.policy.model, n_classes, 'standard')
             find_classifier(self.policy.model)
         for p in self.pieces.values(): p.setup(self)
         self._train_modules(x)
@@ -180,7 +180,7 @@ class TRAINCallback(Callback):
         self.fitting = False
 
     def _add_columns(self):
-        names = ['robust_loss', *(r.term for r in self.relations)] + ['lambda']*any(r.weight is None for r in self.relations) + ['std_accuracy']*self._knows_classes + ['ema_accuracy']*bool(self.average)
+        names = ['robust_loss', *(r.term for r in self.relations)] + ['lambda']*any(r.weight is None for r in self.relations) + ['std_accuracy']*self._knows_classes + ([f'{self.average.key}_accuracy'] if self.average else [])
         self.columns = {n: Column(n) for n in names}
         self.learn.metrics = self.learn.metrics + list(self.columns.values())
 
@@ -303,7 +303,7 @@ class TRAINCallback(Callback):
 
     def _beside(self):
         "The models that are validated beside M', by the names of their columns"
-        return ({'std_accuracy': self.policy.model} if self._knows_classes else {}) | ({'ema_accuracy': self.average.model} if self.average else {})
+        return ({'std_accuracy': self.policy.model} if self._knows_classes else {}) | ({f'{self.average.key}_accuracy': self.average.model} if self.average else {})
 
     def _validate_beside(self):
         if not len(self.yb): return

@@ -25,7 +25,7 @@ def _numbers(s, name):
 
 def split_methods(s) -> list:
     "Methods at the commas, but not at those between the parameters of one: `at,trades:beta=3+las:lr=.1,r2=1` are two"
-    return re.split(r',(?![^()]*\))(?!\s*\w+=)', s) if s else []
+    return [m.strip() for m in re.split(r',(?![^()]*\))(?!\s*\w+=)', s)] if s else []
 
 def load_pieces(files):
     "Run Python files that define pieces, which registers them"

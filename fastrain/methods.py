@@ -16,7 +16,7 @@ from .callback import check_pieces
 from .core import lookup
 from .losses import RobustLoss
 from .relations import Relation
-from .standard import Frozen, StandardPolicy
+from .standard import StandardPolicy
 from .strategies import Strategy
 from .weights import Averaging, Perturbation
 
@@ -72,7 +72,7 @@ class Method:
     @property
     def together(self) -> bool:
         "Are the two models to grow up together, without a warm-up of the standard model?"
-        return any(r.together for r in self.relations) and self.policy is not Frozen
+        return any(r.together for r in self.relations) and (self.policy is None or self.policy.trains)
     @property
     def approximate(self) -> str:
         "What had to be guessed, empty for methods that are documented"
@@ -90,7 +90,7 @@ def parse_method(
     policy,args = found.pop('policy', (None, {}))
     m = Method(name, policy=policy, policy_args=args, **found)
     try:
-        check_pieces(m.robust, m.strategy, m.relations, m.needs_standard, policy is not None and issubclass(policy, Frozen))
+        check_pieces(m.robust, m.strategy, m.relations, m.needs_standard, policy is not None and not policy.trains)
         if policy and not m.needs_standard: raise ValueError(f'{policy.key} is about the standard model, but no piece here needs one: add a relation term such as train')
     except ValueError as e: raise ValueError(f'{method!r}: {e}') from None
     return m

@@ -116,7 +116,7 @@ def recipe_standard(r:Recipe, dls, method:Method, keep=None) -> StandardPolicy:
     if is_trained(r.standard): return (method.policy or Frozen)(trained_standard(r.standard, dls.c, _img_size(r, dls)), **method.policy_args)
     policy,args = method.policy or CoTrained,method.policy_args
     args = dict(dict(warmup=0 if method.together else r.warmup, warmup_lr=r.lr, seed=r.seed, keep=None if {'warmup', 'warmup_lr', 'seed'} & set(args) else keep), **args)
-    if policy is Frozen and not args['warmup']:
+    if not policy.trains and not args['warmup']:
         raise ValueError(f'{method.name}: frozen needs a standard model that is trained. Give one as --standard (a run, a checkpoint, pretrained:NAME), or let it be trained first with --warmup')
     return policy(recipe_backbone(r, dls, r.standard), **args)
 

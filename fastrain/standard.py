@@ -52,6 +52,7 @@ def standard_learner(
 class StandardPolicy(Registered):
     "Base of the policies: builds the standard learner, gives its view of a batch and its own loss, and steps it"
     paper,approximate = '',''
+    trains = True # Does M learn beside M'? If not, it may even be of other classes: topology needs its features only
     def __init__(self,
         standard='resnet18', # A backbone's name, an `nn.Module` on [0,1] images, or a `Learner`
         warmup:int=0, # Epochs that M trains alone, by one cycle, before adversarial training starts
@@ -163,7 +164,7 @@ def _follow(opt, leader):
 
 class Frozen(StandardPolicy):
     "TRAIN* of the ablation: M is trained before, stays in eval mode and gets no gradient"
-    key,paper = 'frozen','Mi et al., BMVC 2024, Table 11'
+    key,paper,trains = 'frozen','Mi et al., BMVC 2024, Table 11',False
     def __init__(self,
         standard, # A trained `nn.Module` on [0,1] images or `Learner`, see `trained_standard`; or, with `warmup`, anything that `CoTrained` takes
         warmup:int=0, # Epochs that M is first trained
