@@ -11,7 +11,8 @@ from fastprogress import fastprogress
 
 from fastrain.core import save_json
 from fastrain.recipes import make_recipe
-from fastrain.run import environment, resume_run, start_run
+from fastrain.folder import environment
+from fastrain.run import resume_run, start_run
 from fastrain.schedules import schedules
 
 SMALL = dict(profile='everyday', backbone='resnet10t_16', standard='resnet10t_16', small_images=False, epochs=12, warmup=30, steps=5, n_train=5000, n_test=1000, n_valid=500)

@@ -9,7 +9,8 @@ from fastprogress import fastprogress
 
 from fastrain.core import save_json
 from fastrain.recipes import make_recipe
-from fastrain.run import environment, resume_run, train_run
+from fastrain.folder import environment
+from fastrain.run import resume_run, train_run
 
 @call_parse
 def main(

@@ -16,7 +16,9 @@ from fastrain.evaluate import evaluate
 from fastrain.methods import parse_method
 from fastrain.recipes import make_recipe, monitor, recipe_backbone, recipe_dls, recipe_fit, recipe_learner
 from fastrain.report import markdown_table, results_table
-from fastrain.run import History, environment, evaluate_checkpoints, read_run
+from fastrain.assess import assess
+from fastrain.folder import environment, read_run
+from fastrain.run import History
 
 EPOCHS = 30 # at most, if their number is left open
 MARGIN = 1.1 # by which estimates of time are stretched
@@ -92,11 +94,9 @@ def noted(file, seed) -> pd.DataFrame:
     return pd.DataFrame([r for r in rows if r['seed'] == seed], columns=['method', 'epoch', 'seconds'])
 
 # -- evaluation --------------------------------------------------------------------------------------------------------------
-def exact(): return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
-
 def evaluated(folder, recipe, method, dls) -> dict:
     "The last and the best checkpoint on the test set, in float32"
-    with exact(): record = evaluate_checkpoints(folder, method, recipe, dls, ATTACKS)
+    record,_ = assess(folder, method, recipe, dls, ATTACKS)
     history = pd.read_csv(folder/'history.csv')
     return dict(method=method, seed=recipe.seed, **record, seconds_per_epoch=history[history.method == method].seconds.median())
 
@@ -125,9 +125,8 @@ def validation_seconds(recipe, method, dls) -> float:
 def evaluation_seconds(recipe, dls) -> float:
     "Of two checkpoints, by a batch"
     batch,model,attacks = dls.test.one_batch(),recipe_backbone(recipe, dls).to(dls.device).eval(),{n: recipe.eval_attack(n) for n in ATTACKS}
-    with exact():
-        for _ in range(2): res = evaluate(model, [batch], attacks, progress=False) # the first one is slow
-    return 2*res['seconds']*len(dls.test)
+    for _ in range(2): res = evaluate(model, [batch], attacks, checks=False, progress=False) # the first one is slow
+    return 2*res.seconds*len(dls.test)
 
 def epochs_that_fit(warmup, methods, cost, seconds, n_seeds) -> int:
     "As many as leave time to evaluate, at most `EPOCHS`"

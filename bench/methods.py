@@ -18,7 +18,7 @@ from fastrain.data import get_dls
 from fastrain.methods import parse_method
 from fastrain.models import create_backbone
 from fastrain.report import markdown_table
-from fastrain.run import environment
+from fastrain.folder import environment
 from fastrain.schedules import torch_sgd
 from fastrain.standard import CoTrained
 

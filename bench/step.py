@@ -17,7 +17,7 @@ from fastrain.core import save_json, set_seed
 from fastrain.models import create_backbone
 from fastrain.methods import parse_method
 from fastrain.report import markdown_table
-from fastrain.run import environment
+from fastrain.folder import environment
 from fastrain.schedules import torch_sgd
 from fastrain.standard import CoTrained
 

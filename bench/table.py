@@ -15,7 +15,7 @@ from fastrain.core import save_json, set_seed
 from fastrain.evaluate import evaluate
 from fastrain.methods import canonical, parse_method
 from fastrain.recipes import make_recipe, recipe_dls, recipe_fit, recipe_learner
-from fastrain.run import environment, test_batches
+from fastrain.folder import environment
 
 ROBUST = 'AT', 'TRADES', 'ALP', 'MART', 'AT + LBGAT', 'LBGAT6', 'LBGAT0', 'FAT', 'FAT-TRADES', 'FAT-MART', 'GAIRAT', 'SAT', 'LAS-AT', 'LAS-TRADES', 'LAS-AWP', 'ECAS', 'MCA'
 OTHER = 'AT + RKD', 'AT + RKD-D', 'AT + RKD-A', 'AT + CRD', 'AT + PKT', "AT + TRAIN'", 'AT + TRAIN*', 'AT + LBGAT_detach', 'AT-AWP', 'TRADES-AWP', 'AT + EMA', 'TRADES + LBGAT + TRAIN + AWP + EMA'
@@ -32,10 +32,10 @@ def record(method, seed, standard=None) -> tuple: # What is written, the trained
     learn = recipe_learner(r, name, dls, keep=f'{KEEP}-{seed}.pt')
     with learn.no_bar(), learn.no_logging(): recipe_fit(r, learn)
     seconds,average = time.process_time() - start,learn.train_cb.average
-    figures = lambda model: evaluate(model, test_batches(dls), dict(natural=None, pgd20=r.eval_attack('pgd20')), standard or model, 'pgd20', seed, progress=False)
-    res = dict(method=method, pieces=name, approximate=parse_method(name).approximate, seed=seed, seconds=seconds, losses=history(learn).robust_loss.tolist(), **{k: v for k,v in figures(learn.model).items() if k != 'seconds'})
+    figures = lambda model: evaluate(model, dls, dict(natural=None, pgd20=r.eval_attack('pgd20')), standard=standard or model, seed=seed, checks=False, progress=False)
+    res = dict(method=method, pieces=name, approximate=parse_method(name).approximate, seed=seed, seconds=seconds, losses=history(learn).robust_loss.tolist(), **(ev := figures(learn.model)).figures, n=ev.n)
     res['seconds_with_evaluation'] = time.process_time() - start
-    if average: res['average'] = {k: v for k,v in figures(average.model).items() if k in ('natural', 'pgd20', 'l_tp')}
+    if average: res['average'] = figures(average.model).figures
     return res,learn.model
 
 def _small(name): return '+'.join(p + (':' if ':' not in p else ',') + LAS if p.split(':')[0] == 'las' else p for p in name.split('+'))

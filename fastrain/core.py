@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['lookup', 'Registered', 'parse_eps', 'eval_mode', 'upcast', 'set_seed', 'get_rng_state', 'set_rng_state', 'fork_rng',
-           'RandomStream', 'undisturbed', 'atomic_path', 'save_text', 'save_json', 'plain_state', 'save_tensors',
-           'load_tensors']
+           'undisturbed', 'atomic_path', 'save_text', 'save_json', 'plain_state', 'save_tensors', 'load_tensors']
 
 # %% ../nbs/00_core.ipynb #58cecff6
 import difflib, json, os, random, tempfile
@@ -104,17 +103,6 @@ def fork_rng(seed:int=None):
     if seed is not None: set_seed(seed)
     try: yield
     finally: set_rng_state(state)
-
-class RandomStream:
-    "Random numbers of its own, seeded once: each `with` goes on where the last one stopped, and leaves all others as they were"
-    def __init__(self, seed:int):
-        with fork_rng(seed): self.state = get_rng_state()
-    def __enter__(self):
-        self.outer = get_rng_state()
-        set_rng_state(self.state)
-    def __exit__(self, *exc):
-        self.state = get_rng_state()
-        set_rng_state(self.outer)
 
 @contextmanager
 def undisturbed(dl):

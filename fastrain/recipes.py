@@ -20,7 +20,8 @@ from .attacks import PGD
 from .callback import TRAINCallback
 from .core import fork_rng, lookup
 from .data import get_dls
-from .evaluate import RobustAccuracy, named_attack
+from .metric import RobustAccuracy
+from .threats import named_attack
 from .methods import Method, parse_method
 from .models import create_backbone
 from .schedules import LambdaSchedule, MultiStep, torch_sgd

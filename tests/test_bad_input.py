@@ -14,13 +14,17 @@ from fastrain.callback import TRAINCallback
 from fastrain.checkpoint import Checkpoint
 from fastrain.core import Registered, lookup, parse_eps
 from fastrain.data import get_dls
-from fastrain.evaluate import AutoAttack, RobustAccuracy, evaluate, named_attack
+from fastrain.evaluate import evaluate
+from fastrain.metric import RobustAccuracy
+from fastrain.threats import AutoAttack, named_attack
 from fastrain.losses import AT, TRADES
 from fastrain.models import create_backbone
 from fastrain.methods import parse_method
 from fastrain.recipes import make_recipe, recipe_callback, recipe_dls, recipe_learner
 from fastrain.relations import Topology
-from fastrain.run import evaluate_run, load_run_model, read_run, resume_run, train_run
+from fastrain.assess import evaluate_run
+from fastrain.folder import load_run_model, read_run
+from fastrain.run import resume_run, train_run
 from fastrain.schedules import LambdaSchedule, as_lambda
 from fastrain.standard import CoTrained, Frozen
 

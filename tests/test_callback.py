@@ -17,7 +17,7 @@ from fastrain.attacks import PGD
 from fastrain.callback import TRAINCallback
 from fastrain.core import set_seed
 from fastrain.data import get_dls
-from fastrain.evaluate import RobustAccuracy
+from fastrain.metric import RobustAccuracy
 from fastrain.losses import AT, TRADES, Natural
 from fastrain.features import logits_and_features
 from fastrain.relations import Topology, topology_loss

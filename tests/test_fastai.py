@@ -24,7 +24,7 @@ from conftest import Call, digit_dls, digits, hooks, make_learner, net, quick, q
 from fastrain.callback import Column, TRAINCallback
 from fastrain.core import set_seed
 from fastrain.data import get_dls
-from fastrain.evaluate import RobustAccuracy
+from fastrain.metric import RobustAccuracy
 from fastrain.losses import TRADES
 from fastrain.models import backbone_splitter, create_backbone
 from fastrain.schedules import torch_sgd

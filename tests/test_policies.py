@@ -22,7 +22,9 @@ from fastrain.models import create_backbone, load_weights
 from fastrain.recipes import make_recipe, recipe_callback, recipe_dls, recipe_learner, recipe_standard
 from fastrain.relations import LBGAT, Topology
 from fastrain.report import results_table
-from fastrain.run import add_methods, evaluate_run, has_average, load_run_model, method_folder, read_run, resume_run, test_batches as batches_of, train_run
+from fastrain.assess import evaluate_run
+from fastrain.folder import has_average, load_run_model, method_folder, read_run
+from fastrain.run import add_methods, resume_run, train_run
 from fastrain.schedules import torch_sgd
 from fastrain.standard import CoTrained, FitInput, Frozen, StandardPolicy, is_trained, trained_standard
 
@@ -420,7 +422,7 @@ def test_averaged_weights(run, dls):
     results = json.loads((run/'results.json').read_text())
     record = next(r for r in results if r['method'] == 'at+ema')
     assert ['average' in r for r in results] == [False, True, False] and record['average']['epoch'] == 1 and record['average'] != record['last']
-    got = evaluate(model, batches_of(dls), dict(natural=None, pgd20=tiny().eval_attack('pgd20')), seed=3, progress=False)
+    got = evaluate(model, dls, dict(natural=None, pgd20=tiny().eval_attack('pgd20')), seed=3, progress=False)
     assert {k: record['average'][k] for k in ('natural', 'pgd20')} == {k: got[k] for k in ('natural', 'pgd20')}
     assert list(results_table(results).index) == ['standard', 'at+ema', 'at+ema, averaged weights', 'at+train'] and 'averaged weights' in (run/'report.md').read_text()
     assert list(results_table(results, 'best').index) == ['standard', 'at+ema', 'at+train']

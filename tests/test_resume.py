@@ -17,7 +17,7 @@ from fastrain.callback import TRAINCallback
 from fastrain.checkpoint import Checkpoint
 from fastrain.core import set_seed
 from fastrain.data import get_dls
-from fastrain.evaluate import RobustAccuracy
+from fastrain.metric import RobustAccuracy
 from fastrain.losses import TRADES, Natural
 from fastrain.models import load_weights
 from fastrain.schedules import LambdaSchedule, MultiStep, torch_sgd

@@ -1,0 +1,244 @@
+"What is drawn: lines, marks, panels, legends and images, and what is refused"
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import digits, net, quick, same, snapshot
+from fastrain import pictures
+from fastrain.pictures import plot_curves, plot_eps, plot_images, plot_relation, plot_strength, plot_topology, plot_tradeoff, plot_tsne, save_figure
+
+def run(method, natural, robust, **columns): return pd.DataFrame(dict(method=method, epoch=range(len(natural)), accuracy=natural, pgd10_accuracy=robust, robust_loss=2., **columns))
+
+def history():
+    return pd.concat([run('standard', [.5, .9, .8], [.1, .0, .0]), run('at', [.4, .5, .6], [.2, .4, .3]), run('at+train', [.4, .6, .7], [.3, .4, .45], l_tp=[.5, .4, .3], **{'lambda': [0., 2., 5.]}),
+                      run('trades+lbgat+train', [.4, .5, .6], [.3, .4, .5], l_tp=[.6, .5, .4], lbgat=[.3, .2, .1], **{'lambda': [0., 2., 5.]})])
+
+def legend(fig): return [t.get_text() for t in fig.legends[0].get_texts()]
+def line(ax, **props): return [o for o in ax.lines if all(getattr(o, f'get_{k}')() == v for k,v in props.items())]
+def xy(o): return [tuple(map(float, p)) for p in np.round(o.get_xydata().astype(float), 6)]
+
+def inside(fig):
+    "Nothing is cut off: every text lies in the figure, and the legend below the panels"
+    fig.draw_without_rendering()
+    below = fig.legends[0].get_window_extent()
+    assert below.x0 >= 0 and below.x1 <= fig.bbox.x1 and below.y0 >= 0
+    for ax in fig.axes:
+        box = ax.get_tightbbox()
+        assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 + 1 and box.y0 >= below.y1 and box.y1 <= fig.bbox.y1 + 1
+        assert all(t.get_fontsize() >= 8 for t in (*ax.get_xticklabels(), *ax.get_yticklabels(), ax.xaxis.label, ax.yaxis.label, ax.title, *fig.legends[0].get_texts()))
+
+# -- training ----------------------------------------------------------------------------------------------------------------
+
+def test_curves():
+    fig = plot_curves(history())
+    left,right = fig.axes
+    solid = [o for o in line(left, linestyle='-')]
+    assert [xy(o) for o in solid] == [[(1, 50), (2, 90), (3, 80)], [(1, 40), (2, 50), (3, 60)], [(1, 40), (2, 60), (3, 70)], [(1, 40), (2, 50), (3, 60)]]
+    assert xy(line(left, linestyle='--')[1]) == [(1, 20), (2, 40), (3, 30)] and len(right.lines) == 4
+    assert len({(o.get_color(), o.get_marker()) for o in solid}) == len({o.get_marker() for o in solid}) == 4
+    stars,dots = line(left, marker='*'),line(left, marker='o')
+    assert [xy(o)[0] for o in stars] == [(2, 90), (2, 0), (2, 50), (2, 40), (3, 70), (3, 45), (3, 60), (3, 50)] # standard: natural; at: robust
+    assert [xy(o)[0] for o in dots] == [(3, 80), (3, 0), (3, 60), (3, 30), (3, 70), (3, 45), (3, 60), (3, 50)]
+    assert legend(fig) == ['standard', 'at', 'at+train', 'trades+lbgat+train', 'natural', 'pgd10', 'best epoch', 'last epoch']
+    inside(fig)
+
+def test_best_epochs_given():
+    stars = line(plot_curves(history(), best=dict(at=1)).axes[0], marker='*')
+    assert [xy(o)[0] for o in stars[2:6]] == [(1, 40), (1, 20), (3, 70), (3, 45)]
+    for best,match in ((dict(at=4), 'at has no epoch 4, only 1 to 3'), (dict(att=1), "'at'")):
+        with pytest.raises(ValueError, match=match): plot_curves(history(), best=best)
+
+def test_curves_without_robust_accuracy():
+    fig = plot_curves(run('mine', [.5, .9, .8], None).drop(columns='pgd10_accuracy').assign(std_accuracy=.9, ema_accuracy=.8))
+    assert not line(fig.axes[0], linestyle='--') and legend(fig) == ['mine', 'natural', 'best epoch', 'last epoch']
+    mixed = plot_curves(pd.concat([run('mine', [.5, .9, .8], None), run('at', [.4, .5, .6], [.2, .4, .3])])).axes[0]
+    assert [xy(o)[0] for o in line(mixed, marker='*')][::2] == [(2, 90), (2, 50)]
+
+@pytest.mark.parametrize('plot', [plot_curves, plot_relation])
+def test_one_epoch_of_many_methods(plot):
+    names = [f'trades+lbgat+train:{i}' for i in range(9)]
+    fig = plot(pd.concat([run(n, [.5], [.3], l_tp=[.2], **{'lambda': [5.]}) for n in names]))
+    assert legend(fig)[:9] == names and len({(o.get_color(), o.get_marker()) for o in fig.axes[0].lines if o.get_marker() not in '*o'}) == 9
+    low,high = fig.axes[0].get_xlim()
+    assert [t for t in fig.axes[0].get_xticks() if low <= t <= high] == [1]
+    inside(fig)
+
+def test_relation():
+    fig = plot_relation(history())
+    ax,lbgat,lam = fig.axes
+    assert [xy(o) for o in ax.lines] == [[(1, .5), (2, .4), (3, .3)], [(1, .6), (2, .5), (3, .4)]]
+    assert [xy(o) for o in lbgat.lines] == [[(1, .3), (2, .2), (3, .1)]] and lbgat.get_ylabel().startswith('lbgat') and lbgat.lines[0].get_color() == ax.lines[1].get_color()
+    assert [xy(o) for o in lam.lines] == [[(1, 0), (2, 2), (3, 5)]] and legend(fig) == ['at+train', 'trades+lbgat+train', 'λ'] # a course that both share
+    inside(fig)
+
+def test_relation_with_two_courses():
+    h = history()
+    h.loc[h.method == 'at+train', 'lambda'] = 5.
+    fig = plot_relation(h)
+    assert len(fig.axes[2].lines) == 2 and len({o.get_linestyle() for o in fig.axes[2].lines}) == 2
+    assert legend(fig)[2:] == ['λ of at+train', 'λ of trades+lbgat+train']
+
+@pytest.mark.parametrize('methods, match', [(['standard', 'at'], 'None of the methods standard, at has an L_TP'), ([], 'nothing to draw')])
+def test_no_relation(methods, match):
+    h = history()
+    for rows in (h[h.method.isin(methods)], h[h.method.isin(methods)].drop(columns=['l_tp', 'lambda'])):
+        with pytest.raises(ValueError, match=match): plot_relation(rows)
+
+def test_history_without_methods():
+    with pytest.raises(ValueError, match="history: there is no 'method' and no 'robust_loss' among epoch, accuracy"): plot_curves(history().drop(columns=['method', 'robust_loss']))
+
+# -- accuracies --------------------------------------------------------------------------------------------------------------
+
+def points(eps): return [dict(eps=e, accuracy=.8 - 5*e, low=.78 - 5*e, high=.82 - 5*e) for e in eps]
+
+def test_eps():
+    rows = points([8/255, 0, 4/255])
+    fig = plot_eps(dict(at=rows, mine=pd.DataFrame(rows)))
+    ax, = fig.axes
+    assert [xy(o) for o in ax.lines] == [[(0, 80), (round(4/255, 6), round(80 - 2000/255, 6)), (round(8/255, 6), round(80 - 4000/255, 6))]]*2
+    band = ax.collections[0].get_paths()[0].vertices
+    assert band[band[:,0] == 0][:,1].min() == pytest.approx(78) and band[band[:,0] == 0][:,1].max() == pytest.approx(82)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ['0', '2/255', '4/255', '6/255', '8/255'] and list(ax.get_xticks()) == pytest.approx([k/255 for k in (0, 2, 4, 6, 8)])
+    inside(fig)
+
+def test_eps_of_other_units():
+    ax, = plot_eps(dict(at=[dict(eps=e, accuracy=a) for e,a in ((0, .8), (.031, .5))])).axes
+    assert not any('255' in t.get_text() for t in ax.get_xticklabels()) and not ax.collections
+
+def test_tradeoff_over_seeds():
+    df = pd.DataFrame([('at', .7, .4), ('at', .8, .5), ('at+train', .8, .5), ('at+train', .9, .5), ('mart', .6, .4)], columns=['method', 'natural', 'robust'])
+    fig = plot_tradeoff(df)
+    ax, = fig.axes
+    marks = {c.lines[0].get_marker(): xy(c.lines[0])[0] for c in ax.containers}
+    assert list(marks.values()) == [(75, 45), (85, 50), (60, 40)]
+    bar = ax.containers[0].lines[2][0].get_segments()[0][:,0]
+    assert bar[1] - bar[0] == pytest.approx(2*100*df.natural[:2].std()) and 'seeds' in ax.get_title()
+    arrow, = ax.texts
+    assert arrow.xyann == pytest.approx((75, 45)) and arrow.xy == pytest.approx((85, 50)) # from at to at+train, and no other
+    assert legend(fig) == ['at', 'at+train', 'mart']
+    inside(fig)
+
+def test_tradeoff_with_intervals():
+    df = pd.DataFrame([dict(method='at', natural=.7, robust=.4, natural_low=.68, natural_high=.71)])
+    ax, = plot_tradeoff(df).axes
+    assert ax.containers[0].lines[2][0].get_segments()[0][:,0] == pytest.approx([68, 71]) and len(ax.containers[0].lines[2]) == 1 and 'intervals' in ax.get_title()
+    assert plot_tradeoff(df[['method', 'natural', 'robust']]).axes[0].get_title() == ''
+
+# -- topology ----------------------------------------------------------------------------------------------------------------
+
+scores = {b: dict(natural={5: .6 - b/100, 30: .5}, robust={5: .3, 30: .2 - b/100}) for b in (6, 1)}
+
+def test_topology():
+    fig = plot_topology({f'β = {b}': s for b,s in scores.items()})
+    nat,adv = fig.axes
+    assert [xy(o) for o in nat.lines] == [[(5, 54), (30, 50)], [(5, 59), (30, 50)]] and xy(adv.lines[0]) == [(5, 30), (30, 14)]
+    assert legend(fig) == ['β = 6', 'β = 1'] and list(nat.get_xticks()) == [5, 30]
+    inside(fig)
+
+def test_strength():
+    as_json = {str(b): {kind: {str(k): v for k,v in by.items()} for kind,by in s.items()} for b,s in scores.items()}
+    for s in (scores, as_json):
+        fig = plot_strength(s)
+        nat,adv = fig.axes
+        assert [xy(o) for o in nat.lines] == [[(1, 59), (6, 54)], [(1, 50), (6, 50)]] and xy(adv.lines[1]) == [(1, 19), (6, 14)]
+        assert legend(fig) == ['k = 5', 'k = 30'] and nat.get_xlabel() == 'β'
+
+def features(n=60, n_classes=4, d=8, shift=.1, **kwargs):
+    y = torch.arange(n) % n_classes
+    natural = 5*torch.randn(n_classes, d)[y] + torch.randn(n, d)
+    return dict(natural=natural, adversarial=natural + shift, y=y, **kwargs)
+
+def test_tsne(monkeypatch):
+    fitted = []
+    class Spy(pictures.TSNE):
+        def fit_transform(self, x):
+            fitted.append(x)
+            return super().fit_transform(x)
+    monkeypatch.setattr(pictures, 'TSNE', Spy)
+    first = features(n_classes=12, natural_accuracy=.604, robust_accuracy=.281)
+    second = dict(first, natural=first['natural'] + 100, adversarial=first['adversarial'] + 100)
+    state = torch.get_rng_state()
+    fig = plot_tsne({'trades+lbgat+train': first, 'b': second}, [f'class {i}' for i in range(12)], n=12, n_classes=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    a,b = fitted
+    assert len(a) == 24 and np.allclose(a + 100, b, atol=1e-4) # one fit to both kinds, of the same images in each panel
+    rows = [int((first['natural'] == torch.tensor(f)).all(1).nonzero()) for f in a[:12]]
+    assert np.allclose(first['adversarial'][rows].numpy(), a[12:])
+    shown = sorted({int(first['y'][i]) for i in rows})
+    assert len(shown) == 3 and legend(fig) == [*(f'class {c}' for c in shown), 'natural', 'adversarial']
+    for ax in fig.axes:
+        nat,adv = ax.collections
+        assert len(nat.get_offsets()) == len(adv.get_offsets()) == 12 and (nat.get_paths()[0].vertices.shape != adv.get_paths()[0].vertices.shape)
+        color = {c: tuple(nat.get_facecolors()[i][:3]) for i,c in enumerate(first['y'][rows].tolist())}
+        assert [tuple(f[:3]) for f in nat.get_facecolors()] == [color[c] for c in first['y'][rows].tolist()] and len(set(color.values())) == 3
+    assert [fig.axes[0].get_title(loc) for loc in ('center', 'left', 'right')] == ['trades+lbgat+train\n', 'natural 60.4 %', 'PGD-20 28.1 %']
+    inside(fig)
+
+def test_tsne_of_few_images_and_many_models():
+    fig = plot_tsne({str(i): features(n=2, n_classes=2) for i in range(5)})
+    assert sum(ax.axison for ax in fig.axes) == 5 and all(len(c.get_offsets()) == 2 for ax in fig.axes[:5] for c in ax.collections)
+
+def test_refused_features():
+    good = features(8)
+    broken = dict(good, adversarial=good['adversarial'].clone().index_fill_(0, torch.tensor([3]), float('inf')))
+    for f,error,match in ((broken, FloatingPointError, 'features of at: there are adversarial ones that are not finite'), (dict(good, y=good['y'][1:]), ValueError, '7 labels'),
+                          (dict(natural=good['natural'], y=good['y']), ValueError, "no 'adversarial'"), (features(1), ValueError, 'at least 2 images')):
+        with pytest.raises(error, match=match): plot_tsne(dict(at=f))
+    with pytest.raises(ValueError, match='n_classes=11'): plot_tsne(dict(at=good), n_classes=11)
+
+@pytest.mark.parametrize('plot, what', [(plot_eps, 'points'), (plot_topology, 'scores'), (plot_strength, 'scores'), (plot_tsne, 'features')])
+def test_nothing(plot, what):
+    with pytest.raises(ValueError, match=f'{what}: there is nothing to draw'): plot({})
+
+def test_missing_entries():
+    with pytest.raises(ValueError, match="points of at: there is no 'accuracy' among eps"): plot_eps(dict(at=[dict(eps=0)]))
+    with pytest.raises(ValueError, match="points: there is no 'robust' among method, natural"): plot_tradeoff(pd.DataFrame([dict(method='at', natural=.5)]))
+    with pytest.raises(ValueError, match="scores of at: there is no 'robust' among natural"): plot_topology(dict(at=dict(natural={5: .5})))
+
+# -- images ------------------------------------------------------------------------------------------------------------------
+
+def test_images():
+    x,y = digits('test', 3)
+    models = {'at': net(0, drop=.5).train(), 'trades+lbgat+train': net(1).eval()}
+    models['at'].bn1.eval() # a mixed state
+    modes = {m: [o.training for o in model.modules()] for m,model in models.items()}
+    before,state = {m: snapshot(model) for m,model in models.items()},torch.get_rng_state()
+    noise = dict(at=8/255, other=2/255)
+    def attack(model, x, y): return (x + (noise['at'] if model is models['at'] else noise['other'])*torch.randn_like(x).sign()).clamp(0, 1)
+    fig = plot_images(models, x, y, attack, vocab=[f'class {i}' for i in range(10)])
+    assert {m: [o.training for o in model.modules()] for m,model in models.items()} == modes and same({m: snapshot(model) for m,model in models.items()}, before) and torch.equal(torch.get_rng_state(), state)
+    rows = np.array(fig.axes).reshape(5, 3)
+    assert [r[0].get_ylabel() for r in rows] == ['natural', 'perturbation\n×15.9', 'at', 'perturbation\n×15.9', 'trades+lbgat+train']
+    assert [ax.get_title() for ax in rows[0]] == [f'class {int(i)}' for i in y]
+    nat,delta,adv,delta2,adv2 = (np.stack([ax.images[0].get_array() for ax in r]) for r in rows)
+    assert np.allclose(nat, x.permute(0, 2, 3, 1))
+    for d,a in ((delta, adv), (delta2, adv2)): assert np.allclose(d, .5 + (a - nat)*255/16, atol=1e-5)
+    assert delta.max() == pytest.approx(1, abs=1e-4) and delta2.max() == pytest.approx(.625, abs=1e-3) # the same scale for both
+    for r,model in ((rows[2], models['at']), (rows[4], models['trades+lbgat+train'])):
+        x_adv = torch.stack([torch.as_tensor(ax.images[0].get_array()).permute(2, 0, 1) for ax in r])
+        with torch.no_grad(): p,pred = model.eval()(x_adv).softmax(1).max(1)
+        assert [ax.get_title() for ax in r] == [f'class {int(i)}\n{100*q:.0f} %' for i,q in zip(pred, p)]
+        assert len({ax.title.get_color() for ax,i,t in zip(r, pred, y) if i == t}) <= 1
+        assert not {ax.title.get_color() for ax,i,t in zip(r, pred, y) if i == t} & {ax.title.get_color() for ax,i,t in zip(r, pred, y) if i != t}
+
+def test_colours_of_predictions():
+    x,y = digits('test', 2)
+    with torch.no_grad(): pred = net().eval()(x).argmax(1)
+    y = torch.stack([pred[0], (pred[1] + 1) % 10])
+    fig = plot_images(dict(at=net()), x, y, lambda m, x, y: x) # an attack that does nothing: mid-grey
+    assert [ax.title.get_color() for ax in fig.axes[4:]] == ['#009E73', '#D55E00'] and (fig.axes[2].images[0].get_array() == .5).all()
+
+def test_same_seed_same_images():
+    x,y = digits('test', 2)
+    a,b,c = (np.stack([ax.images[0].get_array() for ax in plot_images(dict(at=net()), x, y, quick(1), seed=s).axes]) for s in (0, 0, 1))
+    assert (a == b).all() and (a != c).any()
+
+def test_saved_by_suffix(tmp_path):
+    fig = plot_eps(dict(at=points([0, 1/255])))
+    for suffix,start in (('png', b'\x89PNG'), ('pdf', b'%PDF'), ('svg', b'<?xml')):
+        save_figure(fig, tmp_path/'new'/f'eps.{suffix}')
+        assert (tmp_path/'new'/f'eps.{suffix}').read_bytes().startswith(start)
+    assert sorted(p.name for p in (tmp_path/'new').iterdir()) == ['eps.pdf', 'eps.png', 'eps.svg']
+    from matplotlib.image import imread
+    assert imread(tmp_path/'new'/'eps.png').shape[1] == round(200*fig.get_figwidth())
