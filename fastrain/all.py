@@ -18,7 +18,16 @@ from fastrain.callback import *
 from fastrain.las import *
 from fastrain.checkpoint import *
 from fastrain.methods import *
+from fastrain.metric import *
+from fastrain.scores import *
+from fastrain.threats import *
+from fastrain.checks import *
+from fastrain.measure import *
 from fastrain.evaluate import *
 from fastrain.recipes import *
 from fastrain.report import *
+from fastrain.pictures import *
+from fastrain.folder import *
+from fastrain.assess import *
 from fastrain.run import *
+from fastrain.compare import *

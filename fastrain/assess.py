@@ -23,7 +23,7 @@ from .gallery import Exhibits, draw_pictures, picture_names
 from .methods import canonical
 from .models import create_backbone, load_weights
 from .recipes import Recipe, recipe_dls
-from .report import environment_text, evaluation_text, pictures_text, save_page, write_report
+from .report import attack_title, environment_text, evaluation_text, pictures_text, save_page, write_report
 
 # %% ../nbs/16d_assess.ipynb #47bf3a36
 def assess(
@@ -77,6 +77,7 @@ def evaluate_run(
     for m in (m for m in done if m in wanted):
         record,found = assess(out, m, recipe, dls, attacks, **kwargs)
         evs[m] = next(iter(found.values()))
+        print(f'{m}: ' + ', '.join(f'{attack_title(k)} {100*evs[m][k]:.2f}' for k in evs[m].accuracies))
         results.append({k: v for k,v in done[m].items() if k not in ('last', 'best', 'average')} | record)
         save_json(Path(out)/'evaluation.json', results)
     show_run(out, recipe, dls, results, pictures, evs)

@@ -90,7 +90,7 @@ def tsne(e):
     for m,ev in (e.evaluations or {}).items():
         on = ev.settings['l_tp_attack']
         if any('features' not in ev.columns.get(k, {}) for k in ('natural', on)): raise ValueError(f'evaluate under natural and {on}, a model with a classifier that features can be taken from')
-        shown[m] = dict(natural=ev.columns['natural']['features'], adversarial=ev.columns[on]['features'], y=ev.columns['natural']['y'], natural_accuracy=ev['natural'], robust_accuracy=ev[on])
+        shown[m] = dict(natural=ev.columns['natural']['features'], adversarial=ev.columns[on]['features'], y=ev.columns['natural']['y'], natural_accuracy=ev['natural'], robust_accuracy=ev[on], attack=attack_title(on))
     if not shown: raise ValueError('it needs features: draw it with fastrain evaluate')
     return plot_tsne(shown, e.dls.vocab)
 

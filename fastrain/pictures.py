@@ -140,8 +140,8 @@ def plot_eps(
     ax.set(xlabel='ε, pixels in [0,1]', ylabel='accuracy, %', ylim=(0, None))
     levels = 255*pd.concat(f.eps for f in frames.values())
     if (levels - levels.round()).abs().max() < 1e-6:
-        ticks = MaxNLocator(6, steps=[1, 2, 4, 8, 10], integer=True).tick_values(0, levels.max())
-        ax.set_xticks([t/255 for t in ticks if t <= levels.max()], [f'{t:.0f}/255' if t else '0' for t in ticks if t <= levels.max()])
+        ticks = [t for t in MaxNLocator(6, steps=[1, 2, 4, 8, 10], integer=True).tick_values(0, levels.max()) if 0 <= t <= levels.max()]
+        ax.set_xticks([t/255 for t in ticks], [f'{t:.0f}/255' if t else '0' for t in ticks])
     return _legend(fig, [_handle(m, **s) for m,s in styles.items()])
 
 # %% ../nbs/16a_pictures.ipynb #37985609

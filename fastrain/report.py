@@ -79,10 +79,14 @@ def html_page(
 ) -> str:
     "A page as one HTML file without any links to files"
     body = MarkdownIt('commonmark').enable('table').render(text)
-    body = re.sub(r'src="([^":]+)"', lambda m: f'src="data:image/png;base64,{base64.b64encode((Path(folder)/m[1]).read_bytes()).decode()}"', body)
+    body = re.sub(r'src="([^":]+)"', lambda m: _inlined((Path(folder)/m[1]).read_bytes()), body)
     body = body.replace('<table>', '<div class="table"><table>').replace('</table>', '</table></div>')
     title = re.search(r'^# (.*)$', text, re.M)
     return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title[1]) if title else "fastrain"}</title><style>{STYLE}</style></head>\n<body>\n{body}</body></html>\n'
+
+def _inlined(png):
+    width = int.from_bytes(png[16:20], 'big')
+    return f'width="{width//2}" src="data:image/png;base64,{base64.b64encode(png).decode()}"' # twice as many pixels as on the screen, for print
 
 def save_page(out, text:str, name:str='report'):
     "Write `name`.md and `name`.html into a folder"

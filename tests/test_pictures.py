@@ -102,6 +102,10 @@ def test_eps():
     assert [t.get_text() for t in ax.get_xticklabels()] == ['0', '2/255', '4/255', '6/255', '8/255'] and list(ax.get_xticks()) == pytest.approx([k/255 for k in (0, 2, 4, 6, 8)])
     inside(fig)
 
+@pytest.mark.parametrize('levels, ticks', [((0, 7), ['0', '2/255', '4/255', '6/255']), ((0, 1, 2, 32), ['0', '8/255', '16/255', '24/255', '32/255']), ((0,), ['0'])])
+def test_eps_ticks(levels, ticks):
+    assert [t.get_text() for t in plot_eps(dict(at=points([k/255 for k in levels]))).axes[0].get_xticklabels()] == ticks
+
 def test_eps_of_other_units():
     ax, = plot_eps(dict(at=[dict(eps=e, accuracy=a) for e,a in ((0, .8), (.031, .5))])).axes
     assert not any('255' in t.get_text() for t in ax.get_xticklabels()) and not ax.collections
@@ -129,20 +133,22 @@ def test_tradeoff_with_intervals():
 
 scores = {b: dict(natural={5: .6 - b/100, 30: .5}, robust={5: .3, 30: .2 - b/100}) for b in (6, 1)}
 
-def test_topology():
+as_json = {str(b): {kind: {str(k): v for k,v in by.items()} for kind,by in s.items()} for b,s in scores.items()}
+
+@pytest.mark.parametrize('scores', [scores, as_json])
+def test_topology(scores):
     fig = plot_topology({f'β = {b}': s for b,s in scores.items()})
     nat,adv = fig.axes
     assert [xy(o) for o in nat.lines] == [[(5, 54), (30, 50)], [(5, 59), (30, 50)]] and xy(adv.lines[0]) == [(5, 30), (30, 14)]
     assert legend(fig) == ['β = 6', 'β = 1'] and list(nat.get_xticks()) == [5, 30]
     inside(fig)
 
-def test_strength():
-    as_json = {str(b): {kind: {str(k): v for k,v in by.items()} for kind,by in s.items()} for b,s in scores.items()}
-    for s in (scores, as_json):
-        fig = plot_strength(s)
-        nat,adv = fig.axes
-        assert [xy(o) for o in nat.lines] == [[(1, 59), (6, 54)], [(1, 50), (6, 50)]] and xy(adv.lines[1]) == [(1, 19), (6, 14)]
-        assert legend(fig) == ['k = 5', 'k = 30'] and nat.get_xlabel() == 'β'
+@pytest.mark.parametrize('scores', [scores, as_json])
+def test_strength(scores):
+    fig = plot_strength(scores)
+    nat,adv = fig.axes
+    assert [xy(o) for o in nat.lines] == [[(1, 59), (6, 54)], [(1, 50), (6, 50)]] and xy(adv.lines[1]) == [(1, 19), (6, 14)]
+    assert legend(fig) == ['k = 5', 'k = 30'] and nat.get_xlabel() == 'β'
 
 def features(n=60, n_classes=4, d=8, shift=.1, **kwargs):
     y = torch.arange(n) % n_classes

@@ -1,0 +1,77 @@
+"What `evaluate` costs beside the attacks themselves, and what the topology score takes: `python bench/evaluate.py --out bench/results/evaluate.json`"
+import resource, statistics, time
+
+import torch
+from fastcore.script import call_parse
+from torch.nn import functional as F
+
+from fastrain.core import fork_rng, save_json, set_seed
+from fastrain.data import get_dls
+from fastrain.evaluate import evaluate
+from fastrain.folder import environment
+from fastrain.measure import Batches, batch_seed
+from fastrain.models import create_backbone
+from fastrain.scores import topology_score
+
+EPS,ALPHA,STEPS = 8/255,2/255,20
+
+def plain(model, batches, seed=0) -> list:
+    "Natural accuracy, PGD-20 and C&W-20 in plain PyTorch: correct images of each"
+    hits = [0, 0, 0]
+    for i,(x,y) in enumerate(batches):
+        with torch.no_grad(): hits[0] += (model(x).argmax(1) == y).sum().item()
+        for j,loss in ((1, lambda z: F.cross_entropy(z, y, reduction='sum')), (2, lambda z: (z.scatter(1, y[:,None], -torch.inf).amax(1) - z.gather(1, y[:,None])[:,0]).sum())):
+            with fork_rng(batch_seed(seed, i)): x_adv = (x + torch.empty_like(x).uniform_(-1, 1)*EPS).clamp(0, 1)
+            for _ in range(STEPS):
+                x_adv.requires_grad_()
+                grad, = torch.autograd.grad(loss(model(x_adv)), x_adv)
+                x_adv = torch.clamp(x_adv.detach() + ALPHA*grad.sign(), x - EPS, x + EPS).clamp(0, 1)
+            with torch.no_grad(): hits[j] += (model(x_adv).argmax(1) == y).sum().item()
+    return hits
+
+def ours(model, batches, **kwargs) -> list:
+    ev = evaluate(model, batches, 'natural,pgd20,cw20', eps=EPS, alpha=ALPHA, progress=False, **kwargs)
+    return [int(ev.right(k).sum()) for k in ('natural', 'pgd20', 'cw20')]
+
+def seconds(f, *args, **kwargs) -> tuple:
+    start = time.perf_counter()
+    res = f(*args, **kwargs)
+    return time.perf_counter() - start,res
+
+def neighbours(n_support, n_queries, width, n_classes=100) -> dict:
+    "Topology scores for k from 5 to 50 of random features of so many images"
+    features,labels = torch.randn(n_support + n_queries, width),torch.randint(n_classes, (n_support + n_queries,))
+    t,_ = seconds(topology_score, features[:n_support], labels[:n_support], features[n_support:], labels[n_support:], range(5, 51))
+    return dict(n_support=n_support, n_queries=n_queries, width=width, seconds=t, peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
+
+@call_parse
+def main(
+    backbone:str='resnet10t_16', # The smaller it is, the more everything else counts
+    n:int=1797, # Digits that are evaluated, at most 1797
+    bs:int=128, # Batch size
+    repeats:int=5, # Rounds, each with all forms in turn
+    threads:int=None, # CPU threads (default: as torch chooses)
+    n_support:int=100_000, # Support of the topology score
+    n_queries:int=10_000, # Its queries
+    width:int=640, # Its features
+    out:str=None # File for the results as JSON
+):
+    "Time evaluation against a plain loop with the same attacks, and the topology score"
+    if threads: torch.set_num_threads(threads)
+    set_seed(0)
+    knn = neighbours(n_support, n_queries, width) # first: the peak of memory is that of the whole process
+    dls = get_dls('digits', bs=bs, device='cpu')
+    x,y = map(torch.cat, zip(*[b for dl in dls.loaders for b in Batches(dl)]))
+    batches = list(zip(x[:n].split(bs), y[:n].split(bs)))
+    model = create_backbone(backbone, 10, small_images=False).eval()
+    forms = {'plain loop': plain, 'evaluate': lambda m, b: ours(m, b, checks=False), 'evaluate with checks': ours}
+    if len({tuple(f(model, batches[:2])) for f in forms.values()}) > 1: raise SystemExit('evaluate.py: the forms do not agree, so that their times mean nothing')
+    times = {k: [] for k in forms}
+    for _ in range(repeats):
+        for k,f in forms.items(): times[k].append(seconds(f, model, batches)[0])
+    base = statistics.median(times['plain loop'])
+    rows = {k: dict(seconds=statistics.median(t), ratio=statistics.median(t)/base, low=min(a/b for a,b in zip(t, times['plain loop'])), high=max(a/b for a,b in zip(t, times['plain loop']))) for k,t in times.items()}
+    res = dict(settings=dict(backbone=backbone, n=len(x[:n]), bs=bs, repeats=repeats, threads=torch.get_num_threads(), attacks='natural, PGD-20, C&W-20'), rows=rows, topology=knn, environment=environment('cpu'))
+    if out: save_json(out, res)
+    for k,r in rows.items(): print(f'{k:22} {r["seconds"]:.2f} s, {r["ratio"]:.3f} of the plain loop (single turns {r["low"]:.3f} to {r["high"]:.3f})')
+    print(f'topology score, {n_support:,} x {n_queries:,} x {width}, k from 5 to 50: {knn["seconds"]:.1f} s, peak memory of the process {knn["peak_gb"]:.2f} GB')
