@@ -2,6 +2,7 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'fastrain'},
   'syms': { 'fastrain.assess': { 'fastrain.assess._made_by': ('assess.html#_made_by', 'fastrain/assess.py'),
+                                 'fastrain.assess._nearest': ('assess.html#_nearest', 'fastrain/assess.py'),
                                  'fastrain.assess.assess': ('assess.html#assess', 'fastrain/assess.py'),
                                  'fastrain.assess.checkpoint_in_run': ('assess.html#checkpoint_in_run', 'fastrain/assess.py'),
                                  'fastrain.assess.evaluate_any': ('assess.html#evaluate_any', 'fastrain/assess.py'),

@@ -7,7 +7,7 @@ __all__ = ['assess', 'evaluation_folder', 'recipe_evaluation', 'evaluate_run', '
            'checkpoint_in_run', 'rescore_run', 'load_any', 'import_file', 'load_for', 'evaluate_any']
 
 # %% ../nbs/16d_assess.ipynb #ed2d9011
-import importlib, importlib.util, json, sys
+import importlib, importlib.util, json, re, sys
 from pathlib import Path
 
 import pandas as pd
@@ -39,15 +39,20 @@ def assess(
     "Evaluate the checkpoints of a method"
     anchor,source = run_standard(out, method, recipe, dls)
     args,evs,record = recipe_evaluation(recipe, eps),{},{}
+    on = _nearest(named_attacks(attacks, **{k: v for k,v in args.items() if k != 'bs'})[0], recipe.eval_eps)
     for w in (w for w in which if w != 'average' or has_average(out, method)):
         model,epoch = load_run_model(out, method, w)
         if w == 'best' and 'last' in record and epoch == record['last']['epoch']: # the same weights
             record[w],evs[w] = record['last'],evs['last']
             continue
-        ev = evs[w] = evaluate(model.to(dls.device), dls, attacks, **args, standard=anchor and anchor.to(dls.device), checks=w == 'last', out=evaluation_folder(out, method, w), **kwargs)
+        ev = evs[w] = evaluate(model.to(dls.device), dls, attacks, **args, standard=anchor and anchor.to(dls.device), l_tp_attack=on, checks=w == 'last', out=evaluation_folder(out, method, w), **kwargs)
         record[w] = dict(ev.record(), epoch=epoch)
     pgd = recipe.eval_attack('pgd20')
     return dict(record, attacks=ev.accuracies, anchor=source, l_tp_attack=ev.settings['l_tp_attack'], bs=recipe.bs, eval_eps=pgd.eps, eval_alpha=pgd.alpha, valid_is_test=dls.valid_is_test),evs
+
+def _nearest(attacks, eps):
+    "PGD-20 of the size nearest to the recipe's; None if it is not measured"
+    return min((k for k in attacks if re.fullmatch(r'pgd20(@.*)?', k)), key=lambda k: abs(attacks[k].eps - eps), default=None)
 
 def evaluation_folder(out, method, which='last') -> Path:
     "Where the evaluation of a checkpoint is kept"

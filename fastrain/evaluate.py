@@ -144,7 +144,7 @@ class Evaluation:
                 left = self.columns[k]['stage']
                 self.rows.append(self._row(f'{k} after {stage}', (left == -2) | (left > i), list(a.attacks.values())[i]))
         for e,names in self._same_size().items():
-            name = 'worst case' if len(self._same_size()) == 1 else f'worst case@{_size_name(e)}'
+            name = 'worst case' if len(self._same_size()) == 1 else f'worst case@{names[0].partition("@")[2] or _size_name(e)}'
             self.figures[name] = self.worst(names).float().mean().item()
             self.rows.append(self._row(name, self.worst(names)))
         self.notes = [*self._flags(), *self._order()]
