@@ -188,11 +188,10 @@ def evaluate_any(
     **kwargs # Passed on to `evaluate`: eps, n, images, ...
 ) -> Evaluation:
     "Evaluate any model on any data, with a report"
-    pictures,name = picture_names(pictures),Path(str(spec)).name
+    pictures,name = picture_names(pictures),Path(str(spec).rpartition(':')[2]).stem
     named_attacks(attacks, **{k: v for k,v in kwargs.items() if k in ('eps', 'norm')}) # errors come before the data are read
     model,standard,dls = load_for(data, spec, weights, backbone, standard, path, img_size, bs, device)
     ev = evaluate(model, dls, attacks, standard=standard, out=out, **kwargs)
-    attack = next((a for a in ev.attacks.values() if a is not None), None)
-    draw_pictures(pictures, Exhibits({name: ev.record()}, lambda _: model, dls, attack, evaluations={name: ev}), out)
+    draw_pictures(pictures, Exhibits({name: ev.record()}, lambda _: model, dls, ev.attacks[ev.settings['l_tp_attack']], evaluations={name: ev}), out)
     save_page(out, '\n'.join([f'# {name} on {data}', '', f'{spec}' + f', weights {weights}'*bool(weights), '', evaluation_text(ev.record()), *pictures_text(out), *environment_text(environment(device)), '']))
     return ev

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .checks import Finding, sanity_checks
 from .core import eval_mode, load_tensors, lookup, parse_eps, save_json, save_text
 from .features import find_classifier
+from .folder import environment
 from .measure import Batches, Job, Store, full_precision, measure, n_batches
 from .report import attack_table, evaluation_text
 from .scores import l_tp_score, topology_score, wilson
@@ -48,8 +49,7 @@ def evaluate(
     progress:bool=True # Show a bar?
 ) -> 'Evaluation':
     "What a model is worth, naturally and under attack"
-    model,standard,notes = *_models(model, standard), []
-    model,note = _float32(model)
+    (model,notes),(standard,_) = _float32(_module(model)),_float32(_module(standard))
     attacks,topology = named_attacks(attacks, eps, alpha, norm, seed)
     on = l_tp_attack or next((k for k in attacks if k.startswith('pgd20')), list(attacks)[-1])
     lookup(on, attacks, 'attack')
@@ -59,22 +59,21 @@ def evaluate(
     jobs = [Job(model, k, a, features and k in ('natural', on), images and a is not None) for k,a in attacks.items()]
     more = [] if standard is None else [Job(standard, 'standard', None, True)]
     res = measure(batches, jobs + more, store, seed, progress, sample)
-    ev = Evaluation(dict(zip(attacks, res)), attacks, dict(subset=batches.name, precision='float32', seed=seed, l_tp_attack=on), batches.rows)
+    ev = Evaluation(dict(zip(attacks, res)), attacks, dict(subset=batches.name, precision='float32', seed=seed, l_tp_attack=on, device=str(next((p.device for p in model.parameters()), 'cpu'))), batches.rows)
     if standard is not None: ev.figures['l_tp'] = l_tp_score(res[-1]['features'], ev.columns[on]['features'], bs or batches.bs or sample.bs)
     if topology: ev.add_topology(_topology(model, support, ev.columns, on, attacks[on], ks, store, seed, progress))
-    if checks: notes += sanity_checks(model, *sample.get(), *_ball(attacks, norm), standard if standard is not model else None)
-    ev.notes = [*note, *map(str, notes), *ev.notes]
+    if checks: notes += map(str, sanity_checks(model, *sample.get(), *_ball(attacks, norm), standard if standard is not model else None))
+    ev.notes = [*notes, *ev.notes]
     if out: ev.save(out)
     return ev
 
-def _models(model, standard):
-    model,standard = (get_model(m.model if isinstance(m, Learner) else m) if m is not None else None for m in (model, standard))
-    for m in (model, standard):
-        if m is not None and not isinstance(m, nn.Module): raise TypeError(f'{type(m).__name__} is no nn.Module: wrap it in one whose forward takes images in [0,1] and returns logits')
-    return model,standard
+def _module(model):
+    if isinstance(model, Learner): model = model.model
+    if not isinstance(model, (nn.Module, type(None))): raise TypeError(f'{type(model).__name__} is no nn.Module: wrap it in one whose forward takes images in [0,1] and returns logits')
+    return None if model is None else get_model(model)
 
 def _float32(model):
-    half = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+    half = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)} if model is not None else ()
     if not half: return model,[]
     return copy.deepcopy(model).float(),[f'precision: the weights are {" and ".join(str(d).removeprefix("torch.") for d in half)}, evaluated as float32']
 
@@ -116,11 +115,13 @@ def _topology(model, support, columns, on, attack, ks, store, seed, progress):
     return {name: topology_score(features, labels, columns[c]['features'], columns[c]['y'], ks) for name,c in (('natural', 'natural'), ('robust', on))}
 
 class _Sample:
-    "Some images of each batch, about 64, for the checks"
-    def __init__(self, n_batches): self.per,self.x,self.y,self.bs = -(-64//n_batches) if n_batches else 4,[],[],None
+    "About 64 images for the checks, from all over the set"
+    def __init__(self, n_batches): self.n,self.x,self.y,self.bs = n_batches or 16,[],[],None # where the number of batches cannot be told, the first sixteen
     def __call__(self, i, x, y):
         self.bs = self.bs or len(y)
-        if sum(map(len, self.y)) < 64: self.x.append(x[:self.per]); self.y.append(y[:self.per])
+        if sum(map(len, self.y)) < 64*min(1, (i + 1)/self.n):
+            self.x.append(x[:max(1, 64//self.n)])
+            self.y.append(y[:max(1, 64//self.n)])
     def get(self): return torch.cat(self.x),torch.cat(self.y)
 
 # %% ../nbs/14_evaluate.ipynb #caf3cfca
@@ -129,7 +130,7 @@ class Evaluation:
     "Figures of a model, with what they rest on"
     columns:dict # `{attack: columns over the images}`, see `measure`
     attacks:dict # `{name: attack}`
-    settings:dict # 'subset', 'precision', 'seed', 'l_tp_attack'
+    settings:dict # 'subset', 'precision', 'seed', 'l_tp_attack', 'device'
     indices:Tensor=None # Places of the images in the test set; None: all, in order
     figures:dict=field(default_factory=dict) # `{name: accuracy in [0,1]}`, 'l_tp', 'topology_natural', 'topology_robust'
     topology:dict=field(default_factory=dict) # `{'natural': {k: score}, 'robust': {k: score}}`
@@ -222,9 +223,9 @@ class Evaluation:
         return dict(self.figures, n=self.n, seconds=self.seconds, table=self.rows, topology=self.topology, notes=list(self.notes), settings=self.settings)
 
     def save(self, out):
-        "Write `evaluation.json`, `evaluation.md` and `per_image.csv`"
+        "Write `evaluation.json` (with versions and hardware), `evaluation.md` and `per_image.csv`"
         files = {k: c['files'] for k,c in self.columns.items()}
-        save_json(Path(out)/'evaluation.json', dict(self.record(), files=files))
+        save_json(Path(out)/'evaluation.json', dict(self.record(), files=files, environment=environment(self.settings['device'])))
         save_text(Path(out)/'evaluation.md', self.text())
         save_text(Path(out)/'per_image.csv', self.per_image.to_csv(index=False))
 
@@ -252,7 +253,7 @@ def rescore(
     out # Folder of an evaluation that was made with `images=True`
 ) -> pd.DataFrame: # A row per attack: accuracy in the table, and of the saved images
     "Accuracy on saved adversarial images"
-    model,record = _float32(_models(model, None)[0])[0],read_evaluation(out)
+    model,record = _float32(_module(model))[0],read_evaluation(out)
     device,rows = next(model.parameters()).device,[]
     with full_precision(), eval_mode(model), torch.no_grad():
         for k in record['files']:

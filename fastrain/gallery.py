@@ -96,6 +96,7 @@ def tsne(e):
 
 @picture
 def images(e):
+    if e.attack is None: raise ValueError('evaluate under an attack, such as pgd20')
     x,y = map(torch.cat, zip(*Batches(e.dls, n=min(8, len(Batches(e.dls).dl.dataset)))))
     models = {m: e.model(m) for m in e.records}
     return plot_images(models, x.to(e.dls.device), y.to(e.dls.device), e.attack, e.dls.vocab)

@@ -22,7 +22,7 @@ from .checks import check_ball, check_logits, check_not_probabilities
 from .core import eval_mode, fork_rng, load_tensors, save_tensors
 from .data import pick
 from .features import FeatureCapture
-from .threats import attack_cost
+from .threats import attack_cost, run_attack
 
 # %% ../nbs/13d_measure.ipynb #d42bdd17
 class Batches:
@@ -149,26 +149,18 @@ def measure(
 
 def _measure(job, x, y, bar):
     start,(model,name,attack) = time.perf_counter(),job[:3]
-    stage,flags,x_adv = None,{},x
-    try:
-        if hasattr(attack, 'stages'):
-            t = attack.trace(model, x, y, lambda cost: bar.tick(cost, name))
-            x_adv,stage,flags = t.x_adv,t.stage,t.flags
-        elif attack is not None:
-            t = attack.trace(model, x, y) if hasattr(attack, 'trace') else None
-            x_adv,flags = (t.x_adv,t.flags) if t else (attack(model, x, y),{})
+    try: t = run_attack(attack, model, x, y, lambda cost: bar.tick(cost, name))
     except RuntimeError as e:
         if 'does not require grad' not in str(e): raise
         raise ValueError(f'{name}: the model passes no gradient to its images (a no_grad or detach inside it), so that attacks by gradients cannot be run; square needs none') from e
-    if not hasattr(attack, 'stages'): bar.tick(attack_cost(attack), name)
     if attack is not None:
         if on := [n for n,m in model.named_modules() if m.training]: raise RuntimeError(f'{name} left the model in training mode ({on[0] or "all of it"}): its figure would be that of another model')
-        check_ball(x_adv, x, attack)
-    with torch.no_grad(), FeatureCapture(model) if job.features else contextlib.nullcontext() as cap: logits = check_logits(model(x_adv), len(y), name)
-    part = dict(y=y.cpu(), pred=logits.argmax(1).cpu(), margin=margin(logits, y).cpu(), flags=flags)
-    if stage is not None: part['stage'] = stage.cpu()
+        check_ball(t.x_adv, x, attack)
+    with torch.no_grad(), FeatureCapture(model) if job.features else contextlib.nullcontext() as cap: logits = check_logits(model(t.x_adv), len(y), name)
+    part = dict(y=y.cpu(), pred=logits.argmax(1).cpu(), margin=margin(logits, y).cpu(), flags=t.flags)
+    if t.stage is not None: part['stage'] = t.stage.cpu()
     if job.features: part['features'] = cap.features.float().cpu()
-    if job.images: part['x_adv'] = x_adv.cpu()
+    if job.images: part['x_adv'] = t.x_adv.cpu()
     return dict(part, seconds=time.perf_counter() - start) # copies to the CPU have waited for the device
 
 def _check_first(models, x, y):

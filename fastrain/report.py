@@ -78,7 +78,7 @@ def html_page(
     folder # Where its pictures are
 ) -> str:
     "A page as one HTML file without any links to files"
-    body = MarkdownIt('commonmark').enable('table').render(text)
+    body = MarkdownIt('commonmark', dict(html=False)).enable('table').render(text)
     body = re.sub(r'src="([^":]+)"', lambda m: _inlined((Path(folder)/m[1]).read_bytes()), body)
     body = body.replace('<table>', '<div class="table"><table>').replace('</table>', '</table></div>')
     title = re.search(r'^# (.*)$', text, re.M)

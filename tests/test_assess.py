@@ -1,0 +1,213 @@
+"Evaluation of runs, checkpoints and anybody's models; comparisons; pictures and reports; and all of it from the shell"
+import json, re, shutil, sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from fastprogress import fastprogress
+from torch import nn
+
+from fastrain import cli
+from fastrain.assess import checkpoint_in_run, evaluate_any, evaluate_run, evaluation_folder, load_any, rescore_run
+from fastrain.compare import compare_runs, paired, pairs_of, read_records
+from fastrain.core import save_tensors
+from fastrain.evaluate import read_evaluation
+from fastrain.gallery import Exhibits, draw_pictures, picture, pictures
+from fastrain.models import create_backbone
+from fastrain.recipes import make_recipe
+from fastrain.report import html_page, write_report
+from fastrain.run import train_run
+from fastrain.scores import mcnemar
+
+METHODS = 'standard', 'at', 'at+train'
+def tiny(**kwargs): return make_recipe(**dict(dict(epochs=1, steps=1, warmup=1, n_train=100, n_test=60, bs=32, n_valid=10, seed=3), **kwargs))
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "Two runs that differ in the seed"
+    folder = tmp_path_factory.mktemp('runs')
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(fastprogress, 'NO_BAR', True)
+        for seed in (3, 4): train_run(folder/f'seed{seed}', tiny(seed=seed), METHODS, 'cpu')
+    return folder
+
+@pytest.fixture
+def run(runs, tmp_path):
+    "A copy to work on"
+    shutil.copytree(runs/'seed3', tmp_path/'run')
+    return tmp_path/'run'
+
+def shell(monkeypatch, *args):
+    monkeypatch.setattr(sys, 'argv', ['fastrain', *map(str, args)])
+    monkeypatch.setattr(fastprogress, 'NO_BAR', True)
+    cli.main()
+
+# --- runs
+
+def test_training_leaves_everything(runs):
+    files = {f.name for f in (runs/'seed3').iterdir()}
+    assert files == {'checkpoints', 'curves.png', 'relation.png', 'tradeoff.png', 'images.png', 'evaluation', 'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json'}
+    for m in METHODS: assert len(pd.read_csv(evaluation_folder(runs/'seed3', m)/'per_image.csv')) == 60
+
+def test_evaluate_run(run):
+    "More attacks, subsets and sizes; the record, the table by image and the report say the same"
+    results = evaluate_run(run, ['natural', 'pgd3', 'cw2+fgsm'], device='cpu', n=30, methods=['at'], which=['last'], images=True, progress=False)
+    assert [r['method'] for r in results] == ['at'] and results == json.loads((run/'evaluation.json').read_text()) and 'best' not in results[0]
+    e = results[0]['last']
+    by_image = pd.read_csv(evaluation_folder(run, 'at')/'per_image.csv')
+    for name in ('natural', 'pgd3', 'cw2+fgsm'): assert e[name] == pytest.approx((by_image[name] == by_image.label).mean())
+    assert e['n'] == len(by_image) == 30 and sorted(by_image.label.value_counts()) == [3]*10 and e['settings']['subset'].startswith('balanced-30-')
+    text = (run/'report.md').read_text()
+    assert 'C&W-2+FGSM' in text and f'| PGD-3 | {100*e["pgd3"]:.2f} |' in text and 'As evaluated after training' in text
+    again = rescore_run(run, 'cpu')
+    assert list(again.table) == list(again.rescored) and len(again) == 2
+
+def test_l_tp_of_a_curve(run):
+    "On the images of the recipe's own size"
+    results = evaluate_run(run, ['natural', 'pgd20'], device='cpu', n=30, methods=['at'], which=['last'], eps='0.05,0.15,0.3', pictures=['eps'], progress=False)
+    assert results[0]['l_tp_attack'] == 'pgd20@0.15' and (run/'eps.png').exists()
+    assert results[0]['last']['pgd20@0.3'] <= results[0]['last']['pgd20@0.05']
+
+def test_bad_requests(run):
+    before = sorted(str(f) for f in run.rglob('*'))
+    for kwargs,match in ((dict(attacks=['pdg20']), 'pdg'), (dict(eps='300'), 'larger than the whole range'), (dict(methods=['mart']), 'not in this run, which has standard'), (dict(pictures=['tnse']), 'tsne'), (dict(n=10**6), 'only 60')):
+        with pytest.raises(ValueError, match=match): evaluate_run(run, device='cpu', progress=False, **kwargs)
+    with pytest.raises(FileNotFoundError, match='--images'): rescore_run(run, 'cpu')
+    assert [f for f in before if not Path(f).exists()] == [] and not (run/'evaluation.json').exists()
+
+def test_checkpoint_in_run(run):
+    assert checkpoint_in_run(run/'checkpoints'/'at+train'/'best.pt') == (run, 'at+train', 'best')
+    assert checkpoint_in_run(run/'settings.json') is None and checkpoint_in_run('digits') is None
+
+# --- anybody's models
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path/'mine.py').write_text('from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10))\ndef pair():\n    class Pair(nn.Module):\n        def __init__(self): super().__init__(); self.m = make()\n'
+                                    '        def forward(self, x): return self.m(x), x\n    return Pair()\ndef soft(): return nn.Sequential(make(), nn.Softmax(1))\ndef few(): return nn.Linear(1, 3)\ndef text(): return "model"\n')
+    return f'{tmp_path/"mine.py"}'
+
+def test_load_any(mine, tmp_path, run):
+    model = load_any(f'{mine}:make', 10)
+    assert not model.training
+    save_tensors(tmp_path/'w.pt', dict(state_dict={f'module.{k}': v for k,v in model.state_dict().items()}))
+    again = load_any(f'{mine}:make', 10, tmp_path/'w.pt')
+    assert all(torch.equal(a, b) for a,b in zip(model.state_dict().values(), again.state_dict().values()))
+    net = create_backbone('resnet10t_16', 10)
+    save_tensors(tmp_path/'net.pt', net.state_dict())
+    assert torch.equal(load_any(tmp_path/'net.pt', 10, backbone='resnet10t_16').get_classifier().weight, net.get_classifier().weight)
+    assert load_any(run/'checkpoints'/'at'/'last.pt', 10).settings['name'] == 'resnet10t_16'
+
+@pytest.mark.parametrize('spec, match', [('mine.py:none', 'no none'), ('mine.py:text', 'returns a str'), ('mine.py:few', '3 classes'), ('nowhere.py:make', 'no such file'), ('no_such_package:make', 'no_such_package')])
+def test_load_any_errors(mine, spec, match):
+    with pytest.raises(ValueError, match=match): load_any(spec.replace('mine.py', mine), 10)
+
+def test_load_weights_alone(tmp_path):
+    save_tensors(tmp_path/'net.pt', create_backbone('resnet10t_16', 10).state_dict())
+    with pytest.raises(ValueError, match='--backbone'): load_any(tmp_path/'net.pt', 10)
+    with pytest.raises(FileNotFoundError): load_any(tmp_path/'none.pt', 10)
+
+def test_evaluate_any(mine, tmp_path):
+    ev = evaluate_any(f'{mine}:make', 'digits', tmp_path/'out', 'natural,pgd2', eps=.1, n=40, standard=f'{mine}:make', pictures='images,tsne', device='cpu', progress=False)
+    assert {'evaluation.json', 'evaluation.md', 'per_image.csv', 'report.md', 'report.html', 'images.png', 'tsne.png', 'parts'} == {f.name for f in (tmp_path/'out').iterdir()}
+    record = read_evaluation(tmp_path/'out')
+    assert record['pgd2'] == ev['pgd2'] and record['environment']['torch'] and record['l_tp'] > 0
+    for spec,match in (('pair', 'tuple'), ('soft', 'probabilities')):
+        with pytest.raises(ValueError, match=match): evaluate_any(f'{mine}:{spec}', 'digits', tmp_path/spec, n=40, device='cpu', progress=False)
+
+# --- comparisons
+
+def test_compare(runs, tmp_path):
+    table = compare_runs([runs/'seed3', runs/'seed4'], tmp_path/'both')
+    df = read_records([runs/'seed3', runs/'seed4'])
+    natural = df[df.method == 'at'].natural
+    assert list(table.index) == list(METHODS) and table.loc['at', 'natural'] == f'{natural.mean():.2f} ± {natural.std():.2f}' and set(table.seeds) == {2}
+    text = (tmp_path/'both'/'report.md').read_text()
+    a,b = (pd.read_csv(evaluation_folder(runs/'seed4', m)/'per_image.csv') for m in ('at', 'at+train'))
+    test = mcnemar(list(a.pgd20 == a.label), list(b.pgd20 == b.label))
+    assert f'| seed4 | 4 | at | at+train | PGD-20 | {test["only_first"]} | {test["only_second"]} |' in text and '| seed | 3 | 4 |' in text
+    assert (tmp_path/'both'/'report.html').exists() and (tmp_path/'both'/'tradeoff.png').exists()
+
+def test_compare_other_experiments(runs, run, tmp_path):
+    "Runs with other settings are rows of their own"
+    saved = json.loads((run/'settings.json').read_text())
+    saved['recipe']['lam'] = 7.
+    (run/'settings.json').write_text(json.dumps(saved))
+    table = compare_runs([runs/'seed3', run, runs/'seed4'], tmp_path/'both', against='standard')
+    assert list(table.index) == [f'{r}: {m}' for r in ('seed3', 'run') for m in METHODS] and list(table.seeds) == [2]*3 + [1]*3
+    assert '| lam | 5.0 | 7.0 | 5.0 |' in (tmp_path/'both'/'report.md').read_text()
+
+def test_compare_other_images(run, tmp_path):
+    evaluate_run(run, ['natural', 'pgd2'], device='cpu', n=30, methods=['at'], which=['last'], progress=False)
+    with pytest.raises(ValueError, match='other images'): paired(run, 'at', 'at+train')
+    for runs,error in (([], ValueError), ([tmp_path/'none'], FileNotFoundError)):
+        with pytest.raises(error): compare_runs(runs, tmp_path/'out')
+
+def test_pairs():
+    assert pairs_of(['at', 'trades', 'at+train', 'trades+lbgat', 'trades+lbgat+train']) == [('at', 'at+train'), ('trades', 'trades+lbgat'), ('trades+lbgat', 'trades+lbgat+train')]
+    assert pairs_of(['standard', 'at', 'Vanilla AT + TRAIN'], 'at+train') == [('Vanilla AT + TRAIN', 'standard'), ('Vanilla AT + TRAIN', 'at')]
+
+# --- pictures and pages
+
+def test_every_picture_says_what_is_missing(tmp_path):
+    for name in pictures:
+        with pytest.raises(ValueError, match=f'Picture {name}: '): draw_pictures([name], Exhibits(dict(m=dict(table=[], topology={})), None, None, None), tmp_path)
+    assert draw_pictures('all', Exhibits(dict(m=dict(table=[], topology={})), None, None, None), tmp_path) == [] == list(tmp_path.iterdir())
+
+def test_own_picture(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    monkeypatch.setitem(pictures, 'mine', None)
+    @picture
+    def mine(e): return Figure()
+    assert draw_pictures('mine', None, tmp_path) == [tmp_path/'mine.png'] and (tmp_path/'mine.png').stat().st_size > 0
+
+def test_topology_pictures(run):
+    "And the strength of methods that differ in β"
+    results = evaluate_run(run, ['natural', 'pgd2', 'topology'], device='cpu', n=20, n_support=30, which=['last'], methods=['standard', 'at'], pictures=['topology', 'tsne'], progress=False)
+    assert (run/'topology.png').exists() and (run/'tsne.png').exists() and 0 <= results[0]['last']['topology_robust'] <= 1
+    records = {f'trades:beta={b}': r['last'] for b,r in zip((1, 6), results)}
+    assert draw_pictures(['strength'], Exhibits(records, None, None, None), run) == [run/'strength.png']
+    assert 'topology score, %' in (run/'report.md').read_text()
+
+def test_page_is_self_contained(runs):
+    page = (runs/'seed3'/'report.html').read_text()
+    assert page.startswith('<!doctype html>') and page.count('data:image/png;base64,') == 4 and not re.search(r'(src|href)="(?!data:)', page) and '<table>' in page and '<title>digits: standard' in page
+    assert '<script>' not in html_page('# <script>alert(1)</script>\n\n<script>x</script>', runs)
+
+def test_report_without_evaluation(run):
+    (run/'report.md').unlink()
+    write_report(run)
+    text = (run/'report.md').read_text()
+    assert '## Best epoch' in text and 'As evaluated after training' not in text and all(f'### {m}\n' in text for m in METHODS)
+
+# --- from the shell
+
+def test_shell_evaluates_a_run(run, monkeypatch, capsys):
+    shell(monkeypatch, 'evaluate', run, '--attacks', 'natural,pgd2,noise', '--n', 20, '--images', '--which', 'last', '--device', 'cpu', '--pictures', 'tradeoff')
+    out = capsys.readouterr().out
+    assert re.search(r'at\+train +natural', out) and 'PGD-2' in out and 'balanced-20-' in out and 'report.html' in out
+    shell(monkeypatch, 'evaluate', run, '--rescore', '--device', 'cpu')
+    assert 'exactly' in capsys.readouterr().out
+    shell(monkeypatch, 'evaluate', run/'checkpoints'/'at'/'last.pt', '--attacks', 'fgsm', '--device', 'cpu')
+    out = capsys.readouterr().out
+    assert re.search(r'^at +FGSM', out, re.M) and 'standard' not in out
+
+def test_shell_evaluates_any_model(mine, tmp_path, monkeypatch, capsys):
+    args = 'evaluate', f'{mine}:make', '--data', 'digits', '--attacks', 'natural,pgd2', '--eps', '.05,.1', '--n', 20, '--out', tmp_path/'out', '--device', 'cpu', '--images'
+    save_tensors(tmp_path/'w.pt', load_any(f'{mine}:make', 10).state_dict())
+    shell(monkeypatch, *args, '--weights', tmp_path/'w.pt')
+    assert 'PGD-2@.05' in capsys.readouterr().out
+    shell(monkeypatch, *args, '--weights', tmp_path/'w.pt', '--rescore')
+    assert 'exactly' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='another figure'): shell(monkeypatch, *args, '--rescore') # other random weights
+
+def test_shell_compares(runs, tmp_path, monkeypatch, capsys):
+    shell(monkeypatch, 'compare', runs/'seed3', runs/'seed4', '--out', tmp_path/'both')
+    assert '±' in capsys.readouterr().out and (tmp_path/'both'/'report.html').exists()
+
+@pytest.mark.parametrize('args, match', [
+    (['--attacks', 'pdg20'], 'pdg'), (['--n', '0'], 'n=0'), (['--which', 'first'], 'first'), (['--pictures', 'x'], 'picture'), (['--bs', '3'], '--bs: a run has its own'), (['--data', 'digits', '--method', 'at'], '--method and --which'), (['--method', 'at,mart'], 'mart')])
+def test_shell_refuses(run, monkeypatch, args, match):
+    with pytest.raises(SystemExit, match=match) as e: shell(monkeypatch, 'evaluate', run, '--device', 'cpu', *args)
+    assert str(e.value).count('\n') == 0
