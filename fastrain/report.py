@@ -100,7 +100,7 @@ CAPTIONS = { # file: what is to be seen; also their order on a page
 
 def pictures_text(folder) -> list:
     "Lines with all pictures that are in a folder"
-    return [line for name,caption in CAPTIONS.items() if (Path(folder)/f'{name}.png').exists() for line in (f'![{caption}]({name}.png)', '', caption, '')]
+    return [line for name,caption in CAPTIONS.items() if (Path(folder)/f'{name}.png').exists() for line in (f'![{caption}]({name}.png)', '', f'*{caption}*', '')]
 
 # %% ../nbs/16_report.ipynb #c2d34c39
 def write_report(out):
