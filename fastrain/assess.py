@@ -45,7 +45,7 @@ def assess(
         if w == 'best' and 'last' in record and epoch == record['last']['epoch']: # the same weights
             record[w],evs[w] = record['last'],evs['last']
             continue
-        ev = evs[w] = evaluate(model.to(dls.device), dls, attacks, **args, standard=anchor and anchor.to(dls.device), l_tp_attack=on, checks=w == 'last', out=evaluation_folder(out, method, w), **kwargs)
+        ev = evs[w] = evaluate(model.to(dls.device), dls, attacks, **args, standard=anchor and anchor.to(dls.device), l_tp_attack=on, checks=not evs, out=evaluation_folder(out, method, w), **kwargs)
         record[w] = dict(ev.record(), epoch=epoch)
     pgd = recipe.eval_attack('pgd20')
     return dict(record, attacks=ev.accuracies, anchor=source, l_tp_attack=ev.settings['l_tp_attack'], bs=recipe.bs, eval_eps=pgd.eps, eval_alpha=pgd.alpha, valid_is_test=dls.valid_is_test),evs
@@ -79,12 +79,14 @@ def evaluate_run(
     if path: recipe = Recipe(**{**recipe.settings(), 'path': str(path)})
     named_attacks(attacks, **{k: v for k,v in recipe_evaluation(recipe, kwargs.get('eps')).items() if k != 'bs'}) # errors come before the data are read
     dls,results,evs = recipe_dls(recipe, device),[],{}
-    for m in (m for m in done if m in wanted):
+    which = kwargs.get('which', ('last', 'best'))
+    for m in (m for m in done if m in wanted and (set(which) - {'average'} or has_average(out, m))):
         record,found = assess(out, m, recipe, dls, attacks, **kwargs)
         evs[m] = next(iter(found.values()))
         print(f'{m}: ' + ', '.join(f'{attack_title(k)} {100*evs[m][k]:.2f}' for k in evs[m].accuracies))
         results.append({k: v for k,v in done[m].items() if k not in ('last', 'best', 'average')} | record)
         save_json(Path(out)/'evaluation.json', results)
+    if not results: raise ValueError(f'None of {", ".join(wanted)} has averaged weights: add ema to a method')
     show_run(out, recipe, dls, results, pictures, evs)
     return results
 

@@ -167,3 +167,4 @@ def main():
     several = [args.pop(k) for k,p in inspect.signature(run).parameters.items() if p.kind is p.VAR_POSITIONAL]
     try: run(*sum(several, []), **{k: v for k,v in args.items() if k not in ('pdb', 'xtra')})
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e: sys.exit(f'fastrain {name}: {e}')
+    except KeyboardInterrupt: sys.exit(f'\nfastrain {name}: interrupted. ' + dict(train='--resume goes on from the last epoch', evaluate='The same command goes on where it stopped').get(name, ''))

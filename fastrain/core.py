@@ -156,4 +156,4 @@ def load_tensors(path, map_location='cpu'):
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'There is no checkpoint {path}')
     try: return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as e: raise ValueError(f'{path} is not a checkpoint that can be loaded safely (tensors, numbers and strings only): {str(e).splitlines()[0]}') from e
+    except Exception as e: raise ValueError(f'{path} is not a checkpoint that can be loaded safely (tensors, numbers and strings only): {(str(e).splitlines() or [type(e).__name__])[0]}') from e

@@ -18,15 +18,15 @@ from fastai.torch_core import get_model
 from torch import Tensor, nn
 
 from .checks import Finding, sanity_checks
-from .core import eval_mode, load_tensors, lookup, parse_eps, save_json, save_text
-from .features import find_classifier
+from .core import eval_mode, fork_rng, load_tensors, lookup, parse_eps, save_json, save_text
 from .folder import environment
-from .measure import Batches, Job, Store, full_precision, measure, n_batches
+from .measure import Batches, Job, Store, full_precision, measure, model_place, n_batches
 from .report import attack_table, evaluation_text
 from .scores import l_tp_score, topology_score, wilson
 from .threats import named_attack
 
 # %% ../nbs/14_evaluate.ipynb #10323d13
+@fork_rng()
 def evaluate(
     model, # An `nn.Module` on [0,1] images, or a `Learner`
     dl, # `DataLoaders` (their test set, or else validation set), a `DataLoader`, or any batches `(x, y)`
@@ -55,11 +55,12 @@ def evaluate(
     lookup(on, attacks, 'attack')
     if images and not out: raise ValueError('images=True needs a folder to keep them in: give out')
     batches,support = Batches(dl, n),_support(dl, support, n_support) if topology else None
-    features,sample,store = topology or standard is not None or _has_features(model),_Sample(n_batches(batches)),Store(out and Path(out)/'parts')
-    jobs = [Job(model, k, a, features and k in ('natural', on), images and a is not None) for k,a in attacks.items()]
+    if topology and n_support and 2*n_support < min(ks): raise ValueError(f'n_support={n_support}: fewer images than the {min(ks)} neighbours of the topology score, natural and attacked ones together')
+    features,sample,store = True if topology or standard is not None else None,_Sample(n_batches(batches)),Store(out and Path(out)/'parts')
+    jobs = [Job(model, k, a, features if k in ('natural', on) else False, images and a is not None) for k,a in attacks.items()]
     more = [] if standard is None else [Job(standard, 'standard', None, True)]
     res = measure(batches, jobs + more, store, seed, progress, sample)
-    ev = Evaluation(dict(zip(attacks, res)), attacks, dict(subset=batches.name, precision='float32', seed=seed, l_tp_attack=on, device=str(next((p.device for p in model.parameters()), 'cpu'))), batches.rows)
+    ev = Evaluation(dict(zip(attacks, res)), attacks, dict(subset=batches.name, precision=str(model_place(model)[1]).removeprefix('torch.'), seed=seed, l_tp_attack=on, device=str(model_place(model)[0])), batches.rows)
     if standard is not None: ev.figures['l_tp'] = l_tp_score(res[-1]['features'], ev.columns[on]['features'], bs or batches.bs or sample.bs)
     if topology: ev.add_topology(_topology(model, support, ev.columns, on, attacks[on], ks, store, seed, progress))
     if checks: notes += map(str, sanity_checks(model, *sample.get(), *_ball(attacks, norm), standard if standard is not model else None))
@@ -100,23 +101,20 @@ def _size_name(e):
     if isinstance(e, str): return e.strip()
     return f'{e*255:.4g}/255' if abs(e*255 - round(e*255)) < 1e-6 else f'{e:.4g}'
 
-def _has_features(model):
-    try: return find_classifier(model) is not None
-    except ValueError: return False
-
 def _support(dl, support, n):
     if support is None and not isinstance(dl, DataLoaders): raise ValueError('Topology scores need training images: give DataLoaders, or support')
-    return Batches(dl.train if support is None else support, n)
+    support = dl if support is None else support
+    return Batches(support.train if isinstance(support, DataLoaders) else support, n)
 
 def _topology(model, support, columns, on, attack, ks, store, seed, progress):
     nat,adv = measure(support, [Job(model, 'support-natural', None, True), Job(model, f'support-{on}', attack, True)], store, seed, progress)
     features,labels = (torch.cat([nat[k], adv[k]]) for k in ('features', 'y'))
-    ks = [k for k in ks if k <= len(labels)]
+    ks = [k for k in ks if k <= len(labels)] or list(ks)[:1]
     return {name: topology_score(features, labels, columns[c]['features'], columns[c]['y'], ks) for name,c in (('natural', 'natural'), ('robust', on))}
 
 class _Sample:
     "About 64 images for the checks, from all over the set"
-    def __init__(self, n_batches): self.n,self.x,self.y,self.bs = n_batches or 16,[],[],None # where the number of batches cannot be told, the first sixteen
+    def __init__(self, n_batches): self.n,self.x,self.y,self.bs = n_batches or 4,[],[],None # where the number of batches cannot be told, the first four
     def __call__(self, i, x, y):
         self.bs = self.bs or len(y)
         if sum(map(len, self.y)) < 64*min(1, (i + 1)/self.n):
@@ -125,6 +123,8 @@ class _Sample:
     def get(self): return torch.cat(self.x),torch.cat(self.y)
 
 # %% ../nbs/14_evaluate.ipynb #caf3cfca
+def _share(right): return int(right.sum())/len(right)
+
 @dataclass
 class Evaluation:
     "Figures of a model, with what they rest on"
@@ -138,15 +138,15 @@ class Evaluation:
     rows:list=field(default_factory=list) # Of the table
 
     def __post_init__(self):
-        self.figures = {k: self.right(k).float().mean().item() for k in self.columns}
+        self.figures = {k: _share(self.right(k)) for k in self.columns}
         for k,a in self.attacks.items():
             self.rows.append(self._row(k, self.right(k), a, self.columns[k]['seconds']))
             for i,stage in enumerate(getattr(a, 'stages', ())):
                 left = self.columns[k]['stage']
                 self.rows.append(self._row(f'{k} after {stage}', (left == -2) | (left > i), list(a.attacks.values())[i]))
-        for e,names in self._same_size().items():
-            name = 'worst case' if len(self._same_size()) == 1 else f'worst case@{names[0].partition("@")[2] or _size_name(e)}'
-            self.figures[name] = self.worst(names).float().mean().item()
+        for (e,norm),names in self._same_size().items():
+            name = 'worst case' if len(self._same_size()) == 1 else f'worst case@{names[0].rpartition("@")[2] if "@" in names[0] else _size_name(e)}' + f' {norm}'*(len({n for _,n in self._same_size()}) > 1)
+            self.figures[name] = _share(self.worst(names))
             self.rows.append(self._row(name, self.worst(names)))
         self.notes = [*self._flags(), *self._order()]
 
@@ -179,7 +179,7 @@ class Evaluation:
         sizes = {}
         for k,a in self.attacks.items():
             if hasattr(a, 'eps'): sizes.setdefault((a.eps, a.norm), []).append(k)
-        return {e: names for (e,_),names in sizes.items() if len(names) > 1}
+        return {ball: names for ball,names in sizes.items() if len(names) > 1}
 
     def _flags(self):
         for k,c in self.columns.items():
@@ -192,7 +192,7 @@ class Evaluation:
     def _order(self):
         by = {}
         for k,a in self.attacks.items():
-            if hasattr(a, 'eps') and '@' in k: by.setdefault(k.partition('@')[0], []).append((a.eps, int(self.right(k).sum())))
+            if hasattr(a, 'eps') and '@' in k and '+' not in k: by.setdefault(k.partition('@')[0], []).append((a.eps, int(self.right(k).sum())))
         for k,points in by.items():
             points.sort()
             for (e,hits),(e2,hits2) in zip(points, points[1:]):
@@ -254,10 +254,10 @@ def rescore(
 ) -> pd.DataFrame: # A row per attack: accuracy in the table, and of the saved images
     "Accuracy on saved adversarial images"
     model,record = _float32(_module(model))[0],read_evaluation(out)
-    device,rows = next(model.parameters()).device,[]
+    (device,dtype),rows = model_place(model),[]
     with full_precision(), eval_mode(model), torch.no_grad():
         for k in record['files']:
             if k == 'natural': continue
-            hits = [model(x.to(device)).argmax(1).cpu() == y for x,y in saved_images(out, k)]
-            rows.append(dict(attack=k, table=record[k], rescored=torch.cat(hits).float().mean().item()))
+            hits = [model(x.to(device, dtype)).argmax(1).cpu() == y for x,y in saved_images(out, k)]
+            rows.append(dict(attack=k, table=record[k], rescored=_share(torch.cat(hits))))
     return pd.DataFrame(rows).set_index('attack')

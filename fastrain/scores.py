@@ -97,6 +97,7 @@ def l_tp_score(
 ) -> float:
     "Mean L_TP over full batches of shuffled test images"
     n = len(std_features)
+    if n != len(adv_features): raise ValueError(f'{n} and {len(adv_features)} features: expected those of the same images')
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(std_features.device)
     batches = order.split(min(bs, n))
     losses = [topology_loss(std_features[i], adv_features[i]).item() for i in batches if len(i) == len(batches[0])]

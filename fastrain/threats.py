@@ -7,17 +7,18 @@ __all__ = ['FLAGS', 'COSTS', 'conventions', 'Trace', 'WorstCase', 'run_attack', 
            'WhileRight', 'named_attack']
 
 # %% ../nbs/13b_threats.ipynb #cae683ba
-import inspect, logging, re
+import inspect, logging, re, sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try: import autoattack as official # the authors' package from its repository, if that is installed
 except ImportError: import pyautoattack as official # the same from PyPI
 
 from .attacks import PGD, Plan
-from .core import eval_mode, lookup, parse_eps
+from .core import eval_mode, fork_rng, lookup, parse_eps
 
 # %% ../nbs/13b_threats.ipynb #91165c00
 @dataclass
@@ -88,6 +89,26 @@ class _Recorder(logging.Logger):
     def log(self, msg, *args): # the package from the repository has a logger of its own kind
         if 'warning' in str(msg).lower(): self.warning(msg)
 
+class _Float32Front(nn.Module):
+    "The package makes float32 images, whatever the model takes"
+    def __init__(self, model, dtype):
+        super().__init__()
+        self.model,self.dtype = model,dtype
+    def forward(self, x): return self.model(x.to(self.dtype)).float()
+
+@contextmanager
+def _undisturbed_by_package(model):
+    "The package seeds torch, leaves gradients on weights and takes away the tracer of debuggers, and a model that optimises at inference would be remembered against all others"
+    grads,tracer = [(p, p.grad) for p in model.parameters()],sys.gettrace()
+    calls = sys.modules[f'{official.__name__}.checks'].funcs if f'{official.__name__}.checks' in sys.modules else {}
+    calls.update(dict.fromkeys(calls, 0))
+    for p,_ in grads: p.grad = None
+    try:
+        with fork_rng(): yield
+    finally:
+        sys.settrace(tracer)
+        for p,g in grads: p.grad = g
+
 class OfficialAttack:
     "One attack of the AutoAttack package, on the images that are classified rightly"
     def __init__(self,
@@ -106,17 +127,17 @@ class OfficialAttack:
 
     def trace(self, model, x, y) -> Trace:
         "Adversarial images, and the warnings of the package"
-        log = _Recorder()
-        with eval_mode(model):
+        log,net = _Recorder(),model if x.dtype == torch.float32 else _Float32Front(model, x.dtype)
+        with eval_mode(model), _undisturbed_by_package(model):
             quiet = dict(verbose=False) if 'verbose' in inspect.signature(official.AutoAttack).parameters else {} # only the repository's package prints
-            adversary = official.AutoAttack(model, norm=dict(linf='Linf', l2='L2')[self.norm], eps=self.eps, version=self.version, seed=self.seed, device=x.device, **quiet)
+            adversary = official.AutoAttack(net, norm=dict(linf='Linf', l2='L2')[self.norm], eps=self.eps, version=self.version, seed=self.seed, device=x.device, **quiet)
             for o in (adversary, adversary.apgd, adversary.apgd_targeted): o.logger = log
             adversary.attacks_to_run = [self.name]
-            self._fit_classes(adversary, model, x)
+            self._fit_classes(adversary, net, x)
             run = adversary.run_standard_evaluation
             size = 'bs' if 'bs' in inspect.signature(run).parameters else 'batch_size'
-            res = run(x.detach().clone(memory_format=torch.contiguous_format), y, **{size: len(x)})
-        return Trace(res[0] if isinstance(res, tuple) else res, flags=log.flags)
+            res = run(x.detach().float().clone(memory_format=torch.contiguous_format), y, **{size: len(x)})
+        return Trace((res[0] if isinstance(res, tuple) else res).to(x.dtype), flags=log.flags)
 
     def _fit_classes(self, adversary, model, x):
         n = model(x[:1]).shape[1]
@@ -158,15 +179,16 @@ def named_attack(
     if '+' in name: return WorstCase({n: _in_worst_case(n, eps, alpha, norm, seed) for n in name.split('+')})
     match = _name.match(name)
     kind,steps,convention,own = match.groups() if match else (name, '', None, None)
-    eps,steps = parse_eps(own) if own else eps,int(steps or 20)
-    cls,share,start,_ = lookup(convention, conventions, 'convention') if convention else (PGD, .1, None, None)
+    eps,numbered = parse_eps(own) if own else eps,kind in ('pgd', 'cw')
+    cls,share,start,_ = lookup(convention, conventions, 'convention') if convention and numbered else (PGD, .1, None, None)
     if alpha is None or convention or own: alpha = share*eps # a step size is given for the given ε
-    pgd = lambda objective: cls(eps, alpha, steps, norm=norm, objective=objective, start=start)
+    pgd = lambda objective: cls(eps, alpha, int(steps or 20), norm=norm, objective=objective, start=start)
     makers = dict(natural=lambda: None, noise=lambda: PGD(eps, eps, 0, norm=norm), fgsm=lambda: PGD(eps, eps, 1, norm=norm, start='natural'), pgd=lambda: pgd(None), cw=lambda: pgd('margin'),
                   aa=lambda: AutoAttack(eps, norm, seed=seed), **{f'aa-{v}': lambda v=v: AutoAttack(eps, norm, v, seed) for v in ('plus', 'rand')}, **{n: lambda n=n: OfficialAttack(n, eps, norm, seed=seed) for n in COSTS})
-    attack = lookup(kind, makers, 'attack')()
-    if match.group(2) and kind not in ('pgd', 'cw') or convention and kind not in ('pgd', 'cw'): raise ValueError(f'{name!r}: only pgd and cw have a number of steps and a convention')
-    return attack
+    make = lookup(f'{kind}{steps}-{convention}' if convention and not numbered else kind, makers, 'attack')
+    if steps and not numbered: raise ValueError(f'{name!r}: only pgd and cw have a number of steps')
+    if own and kind == 'natural': raise ValueError(f'{name!r}: natural images have no ε')
+    return make()
 
 def _in_worst_case(name, *args):
     attack = named_attack(name, *args)

@@ -74,6 +74,7 @@ def test_bad_requests(run):
     for kwargs,match in ((dict(attacks=['pdg20']), 'pdg'), (dict(eps='300'), 'larger than the whole range'), (dict(methods=['mart']), 'not in this run, which has standard'), (dict(pictures=['tnse']), 'tsne'), (dict(n=10**6), 'only 60')):
         with pytest.raises(ValueError, match=match): evaluate_run(run, device='cpu', progress=False, **kwargs)
     with pytest.raises(FileNotFoundError, match='--images'): rescore_run(run, 'cpu')
+    with pytest.raises(ValueError, match='averaged weights'): evaluate_run(run, device='cpu', which=['average'], progress=False)
     assert [f for f in before if not Path(f).exists()] == [] and not (run/'evaluation.json').exists()
 
 def test_checkpoint_in_run(run):
@@ -201,6 +202,11 @@ def test_shell_evaluates_any_model(mine, tmp_path, monkeypatch, capsys):
     shell(monkeypatch, *args, '--weights', tmp_path/'w.pt', '--rescore')
     assert 'exactly' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='another figure'): shell(monkeypatch, *args, '--rescore') # other random weights
+
+def test_shell_interrupted(run, monkeypatch):
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, 'evaluate_run', stop)
+    with pytest.raises(SystemExit, match='The same command goes on'): shell(monkeypatch, 'evaluate', run)
 
 def test_shell_compares(runs, tmp_path, monkeypatch, capsys):
     shell(monkeypatch, 'compare', runs/'seed3', runs/'seed4', '--out', tmp_path/'both')

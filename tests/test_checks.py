@@ -54,7 +54,7 @@ def in_turn():
     signs = []
     def sign(x):
         signs.append(x.requires_grad)
-        return 1. if sum(signs) % 2 == 0 else -1.
+        return 1. if sum(signs) % 2 == 1 else -1.
     return sign
 
 planted = { # (the model, ε at which it shows, what is found), with a trained model inside that gives no finding
@@ -85,10 +85,9 @@ def test_findings_l2(standard, name, want): assert {f.name for f in sanity_check
 @pytest.mark.parametrize('norm, eps', [('linf', .01), ('linf', .031), ('linf', .1), ('linf', .2), ('l2', .5), ('l2', 2.)])
 @pytest.mark.parametrize('kind', ['standard', 'robust'])
 def test_healthy_models_give_no_finding(request, kind, norm, eps):
-    model,(x,y) = request.getfixturevalue(kind),digits('test', 64)
-    assert sanity_checks(model, x, y, eps, norm) == []
+    model,(x,y) = request.getfixturevalue(kind),digits('test', 48)
     other = request.getfixturevalue(dict(standard='robust', robust='standard')[kind])
-    assert sanity_checks(model, x, y, eps, norm, other) == sanity_checks(model, x, y, eps, norm, model) == []
+    assert sanity_checks(model, x, y, eps, norm) == sanity_checks(model, x, y, eps, norm, other) == []
 
 def test_models_are_what_they_are_called(standard, robust):
     x,y = digits('test', 360)
@@ -161,7 +160,7 @@ def test_checks_are_in_the_ball_of_the_attacks(standard):
     assert 'larger eps' not in notes('natural,pgd2', eps=.01) | notes('natural,pgd2', eps=2., norm='l2')
 
 @pytest.mark.parametrize('attack', ['pgd3', 'cw3', 'fgsm', 'pgd3-las', 'pgd3+cw3'])
-@pytest.mark.parametrize('name', ['no_grad', 'detached logits', pytest.param('detached images', marks=pytest.mark.xfail(reason="measure knows the message 'does not require grad', but a model that detaches its images raises another", strict=True, raises=RuntimeError))])
+@pytest.mark.parametrize('name', ['no_grad', 'detached logits', 'detached images'])
 def test_attacks_on_a_model_without_gradients(standard, name, attack):
     with pytest.raises(ValueError, match=f'^{attack.replace("+", ".")}: the model passes no gradient to its images.*square needs none'):
         evaluate(planted[name][0](standard), [digits('test', 16)], f'natural,{attack}', progress=False)

@@ -1,7 +1,5 @@
 "AutoAttack against the authors' package image by image, its flags, worst cases, and the papers' PGD-20 and C&W-20 against plain loops"
-import contextlib
 import importlib.util
-import inspect
 import logging
 import sys
 
@@ -15,9 +13,9 @@ from torch import nn
 from conftest import Forwards, digits, net, same, snapshot
 from fastrain import threats
 from fastrain.attacks import PGD, margin
-from fastrain.core import fork_rng, get_rng_state
+from fastrain.core import fork_rng
 from fastrain.evaluate import evaluate
-from fastrain.threats import COSTS, AutoAttack, OfficialAttack, WhileRight, WorstCase, named_attack, traced
+from fastrain.threats import COSTS, AutoAttack, OfficialAttack, WhileRight, WorstCase, named_attack
 
 class Front(nn.Module):
     "A net behind a function of its images"
@@ -77,7 +75,7 @@ def test_autoattack_is_the_package(weak, eps, norm, masked):
     got = AutoAttack(eps, norm.lower()).trace(model, x, y)
     assert torch.equal(got.x_adv, want)
     assert torch.equal(got.stage == -2, pred == y) and got.stage[0] == -1 and torch.equal(got.x_adv[0], x[0])
-    for i in range(4): # the images broken after each attack are those of the package, if it runs only so far
+    for i in range(3): # the images broken after each attack are those of the package, if it runs only so far
         _,pred = package_run(model, x, y, eps, norm, AutoAttack(eps).stages[:i+1])
         assert torch.equal(pred != y, (got.stage >= -1) & (got.stage <= i))
     assert {*got.stage.tolist()} >= ({-2, -1, 3} if masked else {-2, -1, 0, 1, 2}) # else nothing would have been seen
@@ -85,10 +83,10 @@ def test_autoattack_is_the_package(weak, eps, norm, masked):
 
 def test_full_strength_is_the_package():
     "With no settings touched, on a model and images that are small enough for that"
-    with fork_rng(0): model,x = nn.Sequential(nn.Flatten(), nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6)).eval(),torch.rand(6, 3, 2, 2)
+    with fork_rng(0): model,x = nn.Sequential(nn.Flatten(), nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6)).eval(),torch.rand(4, 3, 2, 2)
     with torch.no_grad(): y = model(x).argmax(1)
     want,pred = package_run(model, x, y, .12, 'Linf', targets=5)
-    assert torch.equal(AutoAttack(.12)(model, x, y), want) and 0 < (pred == y).sum() < 6
+    assert torch.equal(AutoAttack(.12)(model, x, y), want) and 0 < (pred == y).sum() < 4
 
 @pytest.mark.parametrize('version', ['plus', 'rand'])
 def test_other_versions_are_the_package(weak, version):
@@ -157,7 +155,6 @@ def test_flags(weak, name):
     notes = evaluate(model, [(x, y)], 'natural,aa', eps=.02, checks=False, progress=False).notes
     assert [n for n in notes if 'square' not in n] == [f'aa: AutoAttack\'s flag {k!r} (in 1 of 1 batches): {v}' for k,v in flags.items()]
 
-@pytest.mark.xfail(reason='pyautoattack counts gradients taken at inference in a global that OfficialAttack does not reset: one such model, and all that come after it are flagged', strict=True)
 def test_flag_is_of_this_model_alone(weak):
     model,x,y = case(8)
     assert 'optimises at inference' in OfficialAttack('apgd-ce', .02).trace(Dynamic(model, None), x, y).flags
@@ -193,14 +190,13 @@ def test_model_and_images_are_left_alone(weak, name):
     named_attack(name, .02)(model, x, y)
     assert same(snapshot(model), before) and torch.equal(x, x0) and [m.training for m in model.modules()] == modes and all(p.requires_grad for p in model.parameters())
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.xfail(reason="FAB calls backward, and OfficialAttack leaves the gradients in the model's weights", strict=True)) if 'fab' in n else n for n in COSTS])
+@pytest.mark.parametrize('name', [n for n in COSTS])
 def test_no_gradients_are_left_behind(weak, name):
     model,x,y = case(8)
     model.fc.weight.grad = torch.ones_like(model.fc.weight)
     named_attack(name, .02)(model, x, y)
     assert model.fc.weight.grad.eq(1).all() and model.conv1.weight.grad is None
 
-@pytest.mark.xfail(reason='the package seeds torch with its seed: whoever calls OfficialAttack (a metric, a loop of his own) draws the same numbers after each call', strict=True)
 def test_random_numbers_go_on(weak):
     attack,args = OfficialAttack('apgd-ce', .02),case(8)
     attack(*args)
@@ -208,7 +204,6 @@ def test_random_numbers_go_on(weak):
     attack(*args)
     assert not torch.equal(torch.rand(3), a)
 
-@pytest.mark.xfail(reason='the package ends with sys.settrace(None): coverage and breakpoints are off after the first batch', strict=True)
 def test_debugger_stays(weak):
     before,own = sys.gettrace(),lambda *args: None
     sys.settrace(own)
@@ -264,7 +259,7 @@ def test_worst_case_by_name():
             assert torch.equal(res.x_adv[left[broken]], x_adv[broken]) and (res.stage[left[broken]] == i).all()
             left = left[~broken]
     assert torch.equal(res.x_adv[left], x[left]) and (res.stage[left] == -2).all()
-    assert traced(attack, model, x, y)[1] == {} and {*res.stage.tolist()} >= {-2, -1, 0, 2}
+    assert res.flags == {} and {*res.stage.tolist()} >= {-2, -1, 0, 2}
 
 # --- the package from the authors' repository
 
@@ -411,13 +406,12 @@ def test_step_size_is_given_for_the_given_eps():
 
 @pytest.mark.parametrize('name, match', [
     ('pdg20', "'pgd'"), ('pgd-20', "'pgd'"), ('cw-20', "'cw'"), ('PGD20', "'pgd'"), ('fsgm', "'fgsm'"), ('naturl', "'natural'"), ('sqare', "'square'"), ('apgd', "'apgd-ce'"), ('', 'Choose one of aa'), ('pgd20+', 'Choose one of aa'),
-    ('pgd20-lbgta', "'lbgat'"), ('cw20-laz', "'las'"), ('pgd20-trades', 'convention'), ('fgsm5', 'only pgd and cw'), ('noise-las', 'only pgd and cw'), ('aa20', 'only pgd and cw'), ('square5', 'only pgd and cw'),
+    ('pgd20-lbgta', "'lbgat'"), ('cw20-laz', "'las'"), ('pgd20-trades', 'convention'), ('fgsm5', 'only pgd and cw'), ('noise-las', 'Unknown attack'), ('aa20', 'only pgd and cw'), ('square5', 'only pgd and cw'),
     ('pgd20@8', '8/255'), ('pgd20@abc', '8/255 or a number'), ('pgd20@0', 'eps=0'), ('pgd20@1/0', '8/255 or a number'), ('pgd20@', "'pgd'"), ('pgd20+natural', "'natural,pgd20"), ('pgd20@8/255@4/255', 'Choose one of')])
 def test_wrong_names(name, match):
     with pytest.raises(ValueError, match=match): named_attack(name)
 
 @pytest.mark.parametrize('name, meant', [('aa-pluss', 'aa-plus'), ('aa-random', 'aa-rand'), ('apgd-ec', 'apgd-ce'), ('apgd-dl', 'apgd-dlr'), ('fab-x', 'fab-t')])
-@pytest.mark.xfail(reason="what follows the dash is looked up among the conventions first: 'Unknown convention', with none that was meant", strict=True)
 def test_wrong_names_with_a_dash(name, meant):
     with pytest.raises(ValueError, match=f"'{meant}'"): named_attack(name)
 
