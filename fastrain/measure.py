@@ -175,11 +175,13 @@ def _measure(job, x, y, bar):
     return dict(part, seconds=time.perf_counter() - start) # copies to the CPU have waited for the device
 
 def _forward(model, x, features):
-    if features is False: return model(x),None
-    try:
-        with FeatureCapture(model) as cap: return model(x),cap.features # in this order
-    except (ValueError, RuntimeError): # no classifier, or one that is never called
-        if features: raise
+    "Logits, and features if they are wanted: True for an error if there are none, None to do without"
+    if features is not False:
+        try:
+            with FeatureCapture(model) as cap: logits = model(x)
+            return logits,cap.features
+        except (ValueError, RuntimeError): # no classifier, or one that is never called
+            if features: raise
     return model(x),None
 
 def _check_first(models, x, y) -> int: # Classes that all models have
