@@ -7,6 +7,7 @@ __all__ = ['commands', 'split_methods', 'load_pieces', 'train', 'evaluate', 'com
 
 # %% ../nbs/18_cli.ipynb #62bc3043
 import inspect, re, sys
+from pathlib import Path
 
 import pandas as pd
 from fastcore.script import anno_parser
@@ -107,6 +108,7 @@ def evaluate(
     kinds = which.split(',') if which else ('last', 'best', 'average')
     for k in kinds: lookup(k, ('last', 'best', 'average'), 'checkpoint')
     if data is None and (found := checkpoint_in_run(run)): run,method,kinds = str(found[0]),found[1],[found[2]]
+    elif data is None and (':' in run or Path(run).is_file()): raise ValueError(f'{run} is no run: say with --data what it is evaluated on')
     kwargs = dict(n=n, n_support=n_support, images=images)
     if data is None:
         if given := [f'--{k}' for k,v in foreign.items() if v is not None]: raise ValueError(f'{", ".join(given)}: a run has its own settings. For any other model give --data, too')

@@ -34,8 +34,8 @@ def read_records(runs) -> pd.DataFrame: # A row per run and method: 'run', 'seed
 def evaluated(run) -> list:
     "The records of a run as evaluated last, or after training"
     file = Path(run)/'evaluation.json'
-    records = json.loads(file.read_text()) if file.exists() else trained(run)
-    return [r for r in records if 'last' in r]
+    records = json.loads(file.read_text()) if file.exists() else []
+    return [r for r in records if 'last' in r] or trained(run)
 
 def paired(run, first:str, second:str) -> pd.DataFrame: # A row per attack
     "McNemar's test of two methods of a run, on the images that both were evaluated on"

@@ -42,7 +42,7 @@ def evaluate(
     n_support:int=None, # Use so many of them, equally many of each class
     ks=(5, 10, 20, 30, 40, 50), # Numbers of neighbours
     n:int=None, # Evaluate on so many images, equally many of each class
-    seed:int=0, # Of random starts, AutoAttack and subsets
+    seed:int=0, # Of random starts and AutoAttack
     checks=True, # Look for masked gradients on a few images? See `sanity_checks`
     out=None, # Folder to keep results in, and to go on from
     images:bool=False, # Keep adversarial images in `out`, too?

@@ -48,7 +48,7 @@ def mean_spread(
     groups = df.groupby(by, sort=False)
     numbers = [c for c in df.columns if c not in by and pd.api.types.is_numeric_dtype(df[c])]
     mean,std = groups[numbers].mean(),groups[numbers].std()
-    text = pd.DataFrame({c: [f'{m:.2f}' + ('' if math.isnan(s) else f' ± {s:.2f}') for m,s in zip(mean[c], std[c])] for c in numbers}, index=mean.index)
+    text = pd.DataFrame({c: ['' if math.isnan(m) else f'{m:.2f}' + ('' if math.isnan(s) else f' ± {s:.2f}') for m,s in zip(mean[c], std[c])] for c in numbers}, index=mean.index)
     return text.assign(seeds=groups.size())
 
 # %% ../nbs/13a_scores.ipynb #5db72064

@@ -160,10 +160,10 @@ class WhileRight(PGD):
     def __call__(self, model, x, y, **kwargs):
         return super().__call__(model, x, y, plan=Plan(moves=lambda t, logits, at: logits.argmax(1) == y[at]), **kwargs)
 
-conventions = { # name: (class, step as a share of ε, start, what it is)
-    'lbgat': (PGD, .003/.031, 'uniform_unclipped', '0.003 at ε = 0.031, start not clipped to [0,1]'),
-    'las': (WhileRight, .25, 'uniform', '2/255 at ε = 8/255, an image is left alone once it is misclassified'),
-    'fat': (PGD, .25, 'uniform', 'a quarter of ε')}
+conventions = { # name: (class, step as a share of ε, start)
+    'lbgat': (PGD, .003/.031, 'uniform_unclipped'), # 0.003 at ε = 0.031
+    'las': (WhileRight, .25, 'uniform'), # 2/255 at ε = 8/255
+    'fat': (PGD, .25, 'uniform')}
 
 _single = '|'.join(sorted(COSTS, key=len, reverse=True))
 _name = re.compile(rf'({_single}|aa-plus|aa-rand|[a-z]+)(\d*)(?:-([a-z]+))?(?:@([^@]+))?$')
@@ -180,7 +180,7 @@ def named_attack(
     match = _name.match(name)
     kind,steps,convention,own = match.groups() if match else (name, '', None, None)
     eps,numbered = parse_eps(own) if own else eps,kind in ('pgd', 'cw')
-    cls,share,start,_ = lookup(convention, conventions, 'convention') if convention and numbered else (PGD, .1, None, None)
+    cls,share,start = lookup(convention, conventions, 'convention') if convention and numbered else (PGD, .1, None)
     if alpha is None or convention or own: alpha = share*eps # a step size is given for the given ε
     pgd = lambda objective: cls(eps, alpha, int(steps or 20), norm=norm, objective=objective, start=start)
     makers = dict(natural=lambda: None, noise=lambda: PGD(eps, eps, 0, norm=norm), fgsm=lambda: PGD(eps, eps, 1, norm=norm, start='natural'), pgd=lambda: pgd(None), cw=lambda: pgd('margin'),

@@ -201,12 +201,27 @@ def test_shell_evaluates_any_model(mine, tmp_path, monkeypatch, capsys):
     assert 'PGD-2@.05' in capsys.readouterr().out
     shell(monkeypatch, *args, '--weights', tmp_path/'w.pt', '--rescore')
     assert 'exactly' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='--data'): shell(monkeypatch, 'evaluate', f'{mine}:make')
     with pytest.raises(SystemExit, match='another figure'): shell(monkeypatch, *args, '--rescore') # other random weights
 
 def test_shell_interrupted(run, monkeypatch):
     def stop(*args, **kwargs): raise KeyboardInterrupt
     monkeypatch.setattr(cli, 'evaluate_run', stop)
     with pytest.raises(SystemExit, match='The same command goes on'): shell(monkeypatch, 'evaluate', run)
+
+def test_shell_with_own_pieces(run, tmp_path, monkeypatch, capsys):
+    "Models are evaluated and compared without what they were trained with"
+    (tmp_path/'own.py').write_text('from fastrain.losses import AT\nclass Mine(AT): key = "mine_of_the_shell"\n')
+    shell(monkeypatch, 'train', '--resume', '--out', run, '--load', tmp_path/'own.py', '--method', 'mine_of_the_shell', '--device', 'cpu')
+    from fastrain.losses import RobustLoss
+    monkeypatch.delitem(RobustLoss.registry, 'mine_of_the_shell') # as in a new process
+    shell(monkeypatch, 'evaluate', run, '--attacks', 'natural', '--n', 20, '--which', 'last', '--device', 'cpu')
+    shell(monkeypatch, 'compare', run, '--out', tmp_path/'compared')
+    assert 'mine_of_the_shell' in capsys.readouterr().out
+
+def test_compare_after_an_evaluation_of_the_best_alone(run, tmp_path):
+    evaluate_run(run, ['natural'], device='cpu', n=20, which=['best'], progress=False)
+    assert list(compare_runs([run], tmp_path/'out').index) == list(METHODS)
 
 def test_shell_compares(runs, tmp_path, monkeypatch, capsys):
     shell(monkeypatch, 'compare', runs/'seed3', runs/'seed4', '--out', tmp_path/'both')
