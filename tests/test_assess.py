@@ -214,7 +214,7 @@ def test_shell_with_own_pieces(run, tmp_path, monkeypatch, capsys):
     (tmp_path/'own.py').write_text('from fastrain.losses import AT\nclass Mine(AT): key = "mine_of_the_shell"\n')
     shell(monkeypatch, 'train', '--resume', '--out', run, '--load', tmp_path/'own.py', '--method', 'mine_of_the_shell', '--device', 'cpu')
     from fastrain.losses import RobustLoss
-    monkeypatch.delitem(RobustLoss.registry, 'mine_of_the_shell') # as in a new process
+    RobustLoss.registry.pop('mine_of_the_shell') # as in a new process, and for the tests after this one
     shell(monkeypatch, 'evaluate', run, '--attacks', 'natural', '--n', 20, '--which', 'last', '--device', 'cpu')
     shell(monkeypatch, 'compare', run, '--out', tmp_path/'compared')
     assert 'mine_of_the_shell' in capsys.readouterr().out
