@@ -10,10 +10,10 @@ from fastcore.script import call_parse
 from fastprogress import fastprogress
 
 from fastrain.core import save_json
-from fastrain.recipes import make_recipe
-from fastrain.folder import environment
-from fastrain.run import resume_run, start_run
-from fastrain.schedules import schedules
+from fastrain.runs.recipe import make_recipe
+from fastrain.core import environment
+from fastrain.runs.run import resume_run, start_run
+from fastrain.training.schedules import schedules
 
 SMALL = dict(profile='everyday', backbone='resnet10t_16', standard='resnet10t_16', small_images=False, epochs=12, warmup=30, steps=5, n_train=5000, n_test=1000, n_valid=500)
 METHODS = 'standard', 'at', 'at+train', 'trades', 'trades+train', 'trades+lbgat', 'trades+lbgat+train', 'mart', 'mart+train' # the first is the anchor of L_TP

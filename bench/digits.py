@@ -8,9 +8,9 @@ from fastcore.script import call_parse
 from fastprogress import fastprogress
 
 from fastrain.core import save_json
-from fastrain.recipes import make_recipe
-from fastrain.folder import environment
-from fastrain.run import resume_run, train_run
+from fastrain.runs.recipe import make_recipe
+from fastrain.core import environment
+from fastrain.runs.run import resume_run, train_run
 
 @call_parse
 def main(

@@ -6,12 +6,12 @@ from fastcore.script import call_parse
 from torch.nn import functional as F
 
 from fastrain.core import fork_rng, save_json, set_seed
-from fastrain.data import get_dls
-from fastrain.evaluate import evaluate
-from fastrain.folder import environment
-from fastrain.measure import Batches, batch_seed
-from fastrain.models import create_backbone
-from fastrain.scores import topology_score
+from fastrain.data.sources import get_dls
+from fastrain.evaluation.evaluate import evaluate
+from fastrain.core import environment
+from fastrain.evaluation.measure import Batches, batch_seed
+from fastrain.models.backbone import create_backbone
+from fastrain.evaluation.scores import topology_score
 
 EPS,ALPHA,STEPS = 8/255,2/255,20
 

@@ -10,15 +10,16 @@ from fastai.callback.core import Callback, CancelFitException
 from fastcore.script import anno_parser
 from fastprogress import fastprogress
 
-from fastrain.checkpoint import Checkpoint
+from fastrain.training.checkpoint import Checkpoint
 from fastrain.core import save_json, save_text, set_seed
-from fastrain.evaluate import evaluate
-from fastrain.methods import parse_method
-from fastrain.recipes import make_recipe, monitor, recipe_backbone, recipe_dls, recipe_fit, recipe_learner
-from fastrain.report import markdown_table, results_table
-from fastrain.assess import assess
-from fastrain.folder import environment, read_run
-from fastrain.run import History
+from fastrain.evaluation.evaluate import evaluate
+from fastrain.training.methods import parse_method
+from fastrain.runs.recipe import make_recipe, monitor, recipe_backbone, recipe_dls, recipe_fit, recipe_learner
+from fastrain.evaluation.tables import markdown_table, results_table
+from fastrain.runs.evaluate import assess
+from fastrain.core import environment
+from fastrain.runs.folder import read_run
+from fastrain.runs.run import History
 
 EPOCHS = 30 # at most, if their number is left open
 MARGIN = 1.1 # by which estimates of time are stretched

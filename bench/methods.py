@@ -11,16 +11,16 @@ from fastai.torch_core import get_model
 from fastcore.script import call_parse
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrain.attacks import PGD
-from fastrain.callback import TRAINCallback
+from fastrain.attacks.pgd import PGD
+from fastrain.training.callback import TRAINCallback
 from fastrain.core import save_json, set_seed
-from fastrain.data import get_dls
-from fastrain.methods import parse_method
-from fastrain.models import create_backbone
-from fastrain.report import markdown_table
-from fastrain.folder import environment
-from fastrain.schedules import torch_sgd
-from fastrain.standard import CoTrained
+from fastrain.data.sources import get_dls
+from fastrain.training.methods import parse_method
+from fastrain.models.backbone import create_backbone
+from fastrain.evaluation.tables import markdown_table
+from fastrain.core import environment
+from fastrain.training.schedules import torch_sgd
+from fastrain.training.standard import CoTrained
 
 METHODS = ('at', 'standard', 'alp', 'trades', 'mart', 'mca', 'gairat', 'fat', 'trades+fat', 'sat', 'ecas', 'las:net=NET', 'trades+las:net=NET', 'las-awp', 'at+lbgat', 'trades+lbgat',
            'at+train', 'trades+train', 'trades+lbgat+train', "at+train'", 'at+train*', 'at+absolute', 'at+rkd-d', 'at+rkd-a', 'at+pkt', 'at+crd', 'at+awp', 'trades+awp', 'at+ema')

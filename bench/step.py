@@ -11,15 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastrain.attacks import PGD
-from fastrain.callback import TRAINCallback
+from fastrain.attacks.pgd import PGD
+from fastrain.training.callback import TRAINCallback
 from fastrain.core import save_json, set_seed
-from fastrain.models import create_backbone
-from fastrain.methods import parse_method
-from fastrain.report import markdown_table
-from fastrain.folder import environment
-from fastrain.schedules import torch_sgd
-from fastrain.standard import CoTrained
+from fastrain.models.backbone import create_backbone
+from fastrain.training.methods import parse_method
+from fastrain.evaluation.tables import markdown_table
+from fastrain.core import environment
+from fastrain.training.schedules import torch_sgd
+from fastrain.training.standard import CoTrained
 
 METHODS = 'at', 'at+train', 'trades', 'trades+train'
 EPS,ALPHA,BETA,LAM = 8/255,2/255,6.,5.

@@ -10,12 +10,12 @@ import torch
 from fastcore.script import call_parse
 from fastprogress import fastprogress
 
-from fastrain.callback import history
+from fastrain.training.callback import history
 from fastrain.core import save_json, set_seed
-from fastrain.evaluate import evaluate
-from fastrain.methods import canonical, parse_method
-from fastrain.recipes import make_recipe, recipe_dls, recipe_fit, recipe_learner
-from fastrain.folder import environment
+from fastrain.evaluation.evaluate import evaluate
+from fastrain.training.methods import canonical, parse_method
+from fastrain.runs.recipe import make_recipe, recipe_dls, recipe_fit, recipe_learner
+from fastrain.core import environment
 
 ROBUST = 'AT', 'TRADES', 'ALP', 'MART', 'AT + LBGAT', 'LBGAT6', 'LBGAT0', 'FAT', 'FAT-TRADES', 'FAT-MART', 'GAIRAT', 'SAT', 'LAS-AT', 'LAS-TRADES', 'LAS-AWP', 'ECAS', 'MCA'
 OTHER = 'AT + RKD', 'AT + RKD-D', 'AT + RKD-A', 'AT + CRD', 'AT + PKT', "AT + TRAIN'", 'AT + TRAIN*', 'AT + LBGAT_detach', 'AT-AWP', 'TRADES-AWP', 'AT + EMA', 'TRADES + LBGAT + TRAIN + AWP + EMA'

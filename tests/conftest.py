@@ -13,9 +13,9 @@ from fastai.metrics import accuracy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrain.attacks import PGD
+from fastrain.attacks.pgd import PGD
 from fastrain.core import set_seed
-from fastrain.data import get_dls
+from fastrain.data.sources import get_dls
 
 matplotlib.use('Agg')
 

@@ -9,16 +9,16 @@ from fastprogress import fastprogress
 from torch import nn
 
 from fastrain import cli
-from fastrain.assess import checkpoint_in_run, evaluate_any, evaluate_run, evaluation_folder, load_any, rescore_run
-from fastrain.compare import compare_runs, paired, pairs_of, read_records
+from fastrain.runs.evaluate import checkpoint_in_run, evaluate_any, evaluate_run, evaluation_folder, load_any, rescore_run
+from fastrain.runs.compare import compare_runs, paired, pairs_of, read_records
 from fastrain.core import save_tensors
-from fastrain.evaluate import read_evaluation
-from fastrain.gallery import Exhibits, draw_pictures, picture, pictures
-from fastrain.models import create_backbone
-from fastrain.recipes import make_recipe
-from fastrain.report import html_page, write_report
-from fastrain.run import train_run
-from fastrain.scores import mcnemar
+from fastrain.evaluation.evaluate import read_evaluation
+from fastrain.runs.gallery import Exhibits, draw_pictures, picture, pictures
+from fastrain.models.backbone import create_backbone
+from fastrain.runs.recipe import make_recipe
+from fastrain.runs.report import html_page, write_report
+from fastrain.runs.run import train_run
+from fastrain.evaluation.scores import mcnemar
 
 METHODS = 'standard', 'at', 'at+train'
 def tiny(**kwargs): return make_recipe(**dict(dict(epochs=1, steps=1, warmup=1, n_train=100, n_test=60, bs=32, n_valid=10, seed=3), **kwargs))
@@ -211,9 +211,9 @@ def test_shell_interrupted(run, monkeypatch):
 
 def test_shell_with_own_pieces(run, tmp_path, monkeypatch, capsys):
     "Models are evaluated and compared without what they were trained with"
-    (tmp_path/'own.py').write_text('from fastrain.losses import AT\nclass Mine(AT): key = "mine_of_the_shell"\n')
+    (tmp_path/'own.py').write_text('from fastrain.pieces.losses import AT\nclass Mine(AT): key = "mine_of_the_shell"\n')
     shell(monkeypatch, 'train', '--resume', '--out', run, '--load', tmp_path/'own.py', '--method', 'mine_of_the_shell', '--device', 'cpu')
-    from fastrain.losses import RobustLoss
+    from fastrain.pieces.losses import RobustLoss
     RobustLoss.registry.pop('mine_of_the_shell') # as in a new process, and for the tests after this one
     shell(monkeypatch, 'evaluate', run, '--attacks', 'natural', '--n', 20, '--which', 'last', '--device', 'cpu')
     shell(monkeypatch, 'compare', run, '--out', tmp_path/'compared')

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import Backwards, Forwards, Net, digits, net, same, snapshot
-from fastrain.attacks import CW, FGSM, PGD, check_images, check_labels, margin, norms, random_noise
+from fastrain.attacks.pgd import CW, FGSM, PGD, check_images, check_labels, margin, norms, random_noise
 from fastrain.core import fork_rng, set_seed
-from fastrain.evaluate import evaluate
-from fastrain.threats import named_attack
+from fastrain.evaluation.evaluate import evaluate
+from fastrain.attacks.named import named_attack
 
 def norm(t): return t.flatten(1).norm(dim=1).view(-1, *[1]*(t.ndim-1))
 

@@ -9,24 +9,24 @@ from fastai.optimizer import OptimWrapper
 from torch import nn
 
 from conftest import digit_dls, digits, make_learner, net, plain_dls, quick, quietly, same, snapshot
-from fastrain.attacks import PGD
-from fastrain.callback import TRAINCallback
-from fastrain.checkpoint import Checkpoint
+from fastrain.attacks.pgd import PGD
+from fastrain.training.callback import TRAINCallback
+from fastrain.training.checkpoint import Checkpoint
 from fastrain.core import Registered, lookup, parse_eps
-from fastrain.data import get_dls
-from fastrain.evaluate import evaluate
-from fastrain.metric import RobustAccuracy
-from fastrain.threats import AutoAttack, named_attack
-from fastrain.losses import AT, TRADES
-from fastrain.models import create_backbone
-from fastrain.methods import parse_method
-from fastrain.recipes import make_recipe, recipe_callback, recipe_dls, recipe_learner
-from fastrain.relations import Topology
-from fastrain.assess import evaluate_run
-from fastrain.folder import load_run_model, read_run
-from fastrain.run import resume_run, train_run
-from fastrain.schedules import LambdaSchedule, as_lambda
-from fastrain.standard import CoTrained, Frozen
+from fastrain.data.sources import get_dls
+from fastrain.evaluation.evaluate import evaluate
+from fastrain.training.metrics import RobustAccuracy
+from fastrain.attacks.named import AutoAttack, named_attack
+from fastrain.pieces.losses import AT, TRADES
+from fastrain.models.backbone import create_backbone
+from fastrain.training.methods import parse_method
+from fastrain.runs.recipe import make_recipe, recipe_callback, recipe_dls, recipe_learner
+from fastrain.pieces.relations import Topology
+from fastrain.runs.evaluate import evaluate_run
+from fastrain.runs.folder import load_run_model, read_run
+from fastrain.runs.run import resume_run, train_run
+from fastrain.training.schedules import LambdaSchedule, as_lambda
+from fastrain.training.standard import CoTrained, Frozen
 
 def refused(match, dls=None, main=None, std=None, cb=None, error=ValueError, n_epoch=1):
     "`fit` raises, with the models, the metrics and the random numbers of the loaders as before"

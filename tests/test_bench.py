@@ -6,7 +6,7 @@ import pytest, torch
 from PIL import Image
 
 from fastrain.core import load_tensors
-from fastrain.recipes import make_recipe
+from fastrain.runs.recipe import make_recipe
 
 def script(name):
     spec = importlib.util.spec_from_file_location(f'bench_{name}', Path(__file__).parents[1]/'bench'/f'{name}.py')

@@ -13,16 +13,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import Backwards, Call, Forwards, digit_dls, digits, hooks, make_learner, net, plain_dls, quick, quietly, same, snapshot
-from fastrain.attacks import PGD
-from fastrain.callback import TRAINCallback
+from fastrain.attacks.pgd import PGD
+from fastrain.training.callback import TRAINCallback
 from fastrain.core import set_seed
-from fastrain.data import get_dls
-from fastrain.metric import RobustAccuracy
-from fastrain.losses import AT, TRADES, Natural
-from fastrain.features import logits_and_features
-from fastrain.relations import Topology, topology_loss
-from fastrain.schedules import LambdaSchedule, printed, torch_sgd
-from fastrain.standard import CoTrained, Frozen
+from fastrain.data.sources import get_dls
+from fastrain.training.metrics import RobustAccuracy
+from fastrain.pieces.losses import AT, TRADES, Natural
+from fastrain.models.features import logits_and_features
+from fastrain.pieces.relations import Topology, topology_loss
+from fastrain.training.schedules import LambdaSchedule, printed, torch_sgd
+from fastrain.training.standard import CoTrained, Frozen
 
 losses = dict(at=AT, trades=TRADES)
 opts = dict(adam=(Adam, 3e-3), sgd=(torch_sgd, .05))

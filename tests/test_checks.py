@@ -5,10 +5,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import digits, net, same, snapshot
-from fastrain.attacks import PGD, random_noise
-from fastrain.checks import Finding, check_ball, check_logits, check_not_probabilities, sanity_checks
+from fastrain.attacks.pgd import PGD, random_noise
+from fastrain.attacks.checks import Finding, check_ball, check_logits, check_not_probabilities, sanity_checks
 from fastrain.core import fork_rng, get_rng_state, set_seed
-from fastrain.evaluate import evaluate
+from fastrain.evaluation.evaluate import evaluate
 
 def train(adversarial, seed=0, n=1400):
     set_seed(seed)

@@ -9,14 +9,15 @@ from PIL import Image
 from torch.nn import functional as F
 
 from conftest import Call, digit_dls, make_learner, net, quick, quietly, same, snapshot
-from fastrain.attacks import PGD
-from fastrain.callback import TRAINCallback, history
-from fastrain.contrast import CRD, OtherClasses, bank_dots, nce_loss, train_labels
+from fastrain.attacks.pgd import PGD
+from fastrain.training.callback import TRAINCallback, history
+from fastrain.pieces.crd import CRD, OtherClasses, bank_dots, nce_loss, train_labels
 from fastrain.core import get_rng_state, set_seed
-from fastrain.data import get_dls
-from fastrain.losses import AT, TRADES, Output, Views
-from fastrain.relations import Relation, Topology
-from fastrain.standard import Frozen
+from fastrain.data.sources import get_dls
+from fastrain.pieces.losses import AT, TRADES
+from fastrain.pieces.base import Output, Views
+from fastrain.pieces.relations import Relation, Topology
+from fastrain.training.standard import Frozen
 from test_resume import build, check, run
 
 labels = torch.randint(0, 4, (80,), generator=torch.Generator().manual_seed(0))

@@ -15,10 +15,10 @@ from fasttransform import Transform
 from PIL import Image
 from torch import nn
 
-from fastrain import data, pixels
+from fastrain.data import sources, pixels
 from fastrain.core import set_seed
-from fastrain.data import SafeUnpickler, get_dls, list_images, load_cifar_pickle, pick, read_cifar, read_tiny
-from fastrain.pixels import CropFlip, crop_flip, decode_images
+from fastrain.data.sources import SafeUnpickler, get_dls, list_images, load_cifar_pickle, pick, read_cifar, read_tiny
+from fastrain.data.pixels import CropFlip, crop_flip, decode_images
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*holds .* training and test images', 'ignore:load_learner')
 

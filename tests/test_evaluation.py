@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import Forwards, digit_dls, digits, make_learner, net, same, snapshot
-from fastrain.attacks import PGD, margin
+from fastrain.attacks.pgd import PGD, margin
 from fastrain.core import fork_rng, get_rng_state
-from fastrain.data import get_dls
-from fastrain.evaluate import evaluate, named_attacks, read_evaluation, rescore, saved_images
-from fastrain.features import logits_and_features
-from fastrain.measure import Batches, Job, measure
-from fastrain.scores import l_tp_score, topology_score, wilson
-from fastrain.threats import WorstCase, named_attack
+from fastrain.data.sources import get_dls
+from fastrain.evaluation.evaluate import evaluate, named_attacks, read_evaluation, rescore, saved_images
+from fastrain.models.features import logits_and_features
+from fastrain.evaluation.measure import Batches, Job, measure
+from fastrain.evaluation.scores import l_tp_score, topology_score, wilson
+from fastrain.attacks.named import WorstCase, named_attack
 
 def batches(n=24, bs=8, part='test'):
     x,y = digits(part, n)

@@ -21,14 +21,14 @@ from fastai.optimizer import Adam, OptimWrapper
 from torch import nn
 
 from conftest import Call, digit_dls, digits, hooks, make_learner, net, quick, quietly, same, snapshot
-from fastrain.callback import Column, TRAINCallback
+from fastrain.training.callback import Column, TRAINCallback
 from fastrain.core import set_seed
-from fastrain.data import get_dls
-from fastrain.metric import RobustAccuracy
-from fastrain.losses import TRADES
-from fastrain.models import backbone_splitter, create_backbone
-from fastrain.schedules import torch_sgd
-from fastrain.standard import CoTrained
+from fastrain.data.sources import get_dls
+from fastrain.training.metrics import RobustAccuracy
+from fastrain.pieces.losses import TRADES
+from fastrain.models.backbone import backbone_splitter, create_backbone
+from fastrain.training.schedules import torch_sgd
+from fastrain.training.standard import CoTrained
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*torch.cuda.amp', 'ignore:User provided device_type', 'ignore:.*GradScaler.*', 'ignore:.*CUDA is not available')
 

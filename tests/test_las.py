@@ -7,15 +7,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conftest import Call, digit_dls, digits, make_learner, net, quietly, same, snapshot
-from fastrain.attacks import PGD
-from fastrain.callback import TRAINCallback
-from fastrain.checkpoint import Checkpoint
+from fastrain.attacks.pgd import PGD
+from fastrain.training.callback import TRAINCallback
+from fastrain.training.checkpoint import Checkpoint
 from fastrain.core import set_seed
-from fastrain.las import LAS, batch_accuracy, las_settings, las_variants, stepped
-from fastrain.losses import AT, TRADES, Views
-from fastrain.schedules import torch_sgd
-from fastrain.strategies import Strategy
-from fastrain.weights import AWP
+from fastrain.pieces.las import LAS, batch_accuracy, las_settings, las_variants, stepped
+from fastrain.pieces.losses import AT, TRADES
+from fastrain.pieces.base import Views
+from fastrain.training.schedules import torch_sgd
+from fastrain.pieces.strategies import Strategy
+from fastrain.pieces.weights import AWP
 
 EPS = .16 # a unit of .02
 WIDTH = dict(at=30, trades=21, awp=22)

@@ -6,10 +6,12 @@ import torch
 from torch.nn import functional as F
 
 from conftest import digit_dls, digits, make_learner, net, quick, quietly, same, snapshot
-from fastrain.attacks import PGD, Plan
-from fastrain.callback import TRAINCallback
+from fastrain.attacks.pgd import PGD, Plan
+from fastrain.training.callback import TRAINCallback
 from fastrain.core import fork_rng, set_seed
-from fastrain.losses import ALP, AT, MART, MCA, TRADES, GAIRAT, Natural, Output, RobustLoss, Views, soft_targets, supcon_loss, unit_vectors
+from fastrain.pieces.losses import ALP, AT, MART, MCA, TRADES, GAIRAT, Natural, RobustLoss, soft_targets, supcon_loss
+from fastrain.pieces.base import Output, Views
+from fastrain.core import unit_vectors
 
 def views(n=7, c=5, d=6, scale=3., dtype=torch.float64, seed=0, **kwargs):
     "A batch whose logits and features are leaves, and these leaves"
@@ -352,5 +354,5 @@ def test_state_of_the_queue(after, tmp_path):
 def test_only_gairat_plans():
     x,y = digits('train', 4)
     v = Views(x, y, epoch=119, epochs=120)
-    planned = {k for k,loss in RobustLoss.registry.items() if loss.__module__ == 'fastrain.losses' and loss().plan(None, v, PGD()) is not None}
+    planned = {k for k,loss in RobustLoss.registry.items() if loss.__module__ == 'fastrain.pieces.losses' and loss().plan(None, v, PGD()) is not None}
     assert planned == {'gairat'} and isinstance(GAIRAT().plan(None, v, PGD()), Plan)

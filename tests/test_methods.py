@@ -6,17 +6,17 @@ import torch
 
 from conftest import net, same, snapshot
 from fastrain import cli
-from fastrain.contrast import CRD
+from fastrain.pieces.crd import CRD
 from fastrain.core import load_tensors
-from fastrain.data import get_dls
-from fastrain.las import LAS
-from fastrain.losses import ALP, AT, GAIRAT, MART, MCA, Natural, RobustLoss, TRADES
-from fastrain.methods import canonical, families, list_pieces, methods_text, parse_method, rows
-from fastrain.recipes import make_recipe, recipe_fit, recipe_learner
-from fastrain.relations import AbsoluteCosine, LBGAT, Relation, Topology
-from fastrain.standard import CoTrained, Frozen
-from fastrain.strategies import ECAS, FAT, SAT
-from fastrain.weights import AWP, EMA
+from fastrain.data.sources import get_dls
+from fastrain.pieces.las import LAS
+from fastrain.pieces.losses import ALP, AT, GAIRAT, MART, MCA, Natural, RobustLoss, TRADES
+from fastrain.training.methods import canonical, families, list_pieces, methods_text, parse_method, rows
+from fastrain.runs.recipe import make_recipe, recipe_fit, recipe_learner
+from fastrain.pieces.relations import AbsoluteCosine, LBGAT, Relation, Topology
+from fastrain.training.standard import CoTrained, Frozen
+from fastrain.pieces.strategies import ECAS, FAT, SAT
+from fastrain.pieces.weights import AWP, EMA
 
 # --- the rows, as they are printed, with the pieces that they stand for
 
@@ -167,7 +167,7 @@ def test_text_of_a_piece(p):
 def test_text_of_nothing():
     with pytest.raises(ValueError, match="'train'"): methods_text('tarin')
 
-own = '''from fastrain.losses import RobustLoss
+own = '''from fastrain.pieces.losses import RobustLoss
 
 class Mine(RobustLoss):
     "A loss of my own"

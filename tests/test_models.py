@@ -10,10 +10,10 @@ from fastai.learner import Learner
 from torch import nn
 
 from fastrain.core import save_tensors
-from fastrain.features import FeatureCapture, find_classifier, logits_and_features, n_features, n_outputs
-from fastrain.models import (Backbone, PixelNormalize, backbone_splitter, clean_state_dict, create_backbone, describe_backbone,
+from fastrain.models.features import FeatureCapture, find_classifier, logits_and_features, n_features, n_outputs
+from fastrain.models.backbone import (Backbone, PixelNormalize, backbone_splitter, clean_state_dict, create_backbone, describe_backbone,
                              load_weights)
-from fastrain.stems import adapt_stem, excess_reduction, reduction_levels
+from fastrain.models.stems import adapt_stem, excess_reduction, reduction_levels
 
 # name: width of the features, last map at 32 pixels, last map at 64 pixels
 BACKBONES = dict(

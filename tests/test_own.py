@@ -1,4 +1,4 @@
-"The worked example of nbs/19_own.ipynb, as a user has it: a file outside the package"
+"The worked example of nbs/own_pieces.ipynb, as a user has it: a file outside the package"
 import json, subprocess, sys
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 
 from conftest import digits
 
-nb = json.loads((Path(__file__).parent.parent/'nbs'/'19_own.ipynb').read_text(encoding='utf-8'))
+nb = json.loads((Path(__file__).parent.parent/'nbs'/'own_pieces.ipynb').read_text(encoding='utf-8'))
 code = '\n\n'.join(s for c in nb['cells'] if (s := ''.join(c['source'])).startswith('# own_pieces.py'))
 
 def cli(*args, cwd): return subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from fastrain.cli import main; main()', *args], capture_output=True, text=True, cwd=cwd)

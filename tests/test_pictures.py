@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from conftest import digits, net, quick, same, snapshot
-from fastrain import pictures
-from fastrain.pictures import plot_curves, plot_eps, plot_images, plot_relation, plot_strength, plot_topology, plot_tradeoff, plot_tsne, save_figure
+from fastrain.runs import plots
+from fastrain.runs.plots import plot_curves, plot_eps, plot_images, plot_relation, plot_strength, plot_topology, plot_tradeoff, plot_tsne, save_figure
 
 def run(method, natural, robust, **columns): return pd.DataFrame(dict(method=method, epoch=range(len(natural)), accuracy=natural, pgd10_accuracy=robust, robust_loss=2., **columns))
 

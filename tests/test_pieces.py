@@ -10,16 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import Call, digit_dls, digits, make_learner, net, quick, quietly, same, snapshot
-from fastrain.attacks import PGD, Plan, norms
-from fastrain.callback import TRAINCallback
+from fastrain.attacks.pgd import PGD, Plan, norms
+from fastrain.training.callback import TRAINCallback
 from fastrain.core import fork_rng, set_seed
-from fastrain.features import n_features
-from fastrain.losses import AT, TRADES, GAIRAT, Natural, RobustLoss
-from fastrain.relations import Relation, Topology
-from fastrain.schedules import LambdaSchedule, torch_sgd
-from fastrain.standard import Frozen
-from fastrain.strategies import Strategy
-from fastrain.weights import AWP
+from fastrain.models.features import n_features
+from fastrain.pieces.losses import AT, TRADES, GAIRAT, Natural, RobustLoss
+from fastrain.pieces.relations import Relation, Topology
+from fastrain.training.schedules import LambdaSchedule, torch_sgd
+from fastrain.training.standard import Frozen
+from fastrain.pieces.strategies import Strategy
+from fastrain.pieces.weights import AWP
 from test_resume import check
 
 def fit(cb, n_epoch=2, lr=.05, method='fit', cbs=(), main=None, **kwargs):

@@ -8,25 +8,25 @@ from fastai.callback.core import CancelFitException
 from torch import nn
 from torch.nn import functional as F
 
-import fastrain.assess
+import fastrain.runs.evaluate
 from conftest import Call, digit_dls, digits, make_learner, net, quick, quietly, same, snapshot
 from fastrain import cli
-from fastrain.callback import TRAINCallback
-from fastrain.checkpoint import Checkpoint
+from fastrain.training.callback import TRAINCallback
+from fastrain.training.checkpoint import Checkpoint
 from fastrain.core import load_tensors, set_seed
-from fastrain.evaluate import evaluate
-from fastrain.features import logits_and_features
-from fastrain.losses import AT, TRADES
-from fastrain.methods import parse_method, rows
-from fastrain.models import create_backbone, load_weights
-from fastrain.recipes import make_recipe, recipe_callback, recipe_dls, recipe_learner, recipe_standard
-from fastrain.relations import LBGAT, Topology
-from fastrain.report import results_table
-from fastrain.assess import evaluate_run
-from fastrain.folder import has_average, load_run_model, method_folder, read_run
-from fastrain.run import add_methods, resume_run, train_run
-from fastrain.schedules import torch_sgd
-from fastrain.standard import CoTrained, FitInput, Frozen, StandardPolicy, is_trained, trained_standard
+from fastrain.evaluation.evaluate import evaluate
+from fastrain.models.features import logits_and_features
+from fastrain.pieces.losses import AT, TRADES
+from fastrain.training.methods import parse_method, rows
+from fastrain.models.backbone import create_backbone, load_weights
+from fastrain.runs.recipe import make_recipe, recipe_callback, recipe_dls, recipe_learner, recipe_standard
+from fastrain.pieces.relations import LBGAT, Topology
+from fastrain.evaluation.tables import results_table
+from fastrain.runs.evaluate import evaluate_run
+from fastrain.runs.folder import has_average, load_run_model, method_folder, read_run
+from fastrain.runs.run import add_methods, resume_run, train_run
+from fastrain.training.schedules import torch_sgd
+from fastrain.training.standard import CoTrained, FitInput, Frozen, StandardPolicy, is_trained, trained_standard
 
 # --- which of the two models gets which gradient; all in float64, on one batch
 
@@ -216,7 +216,7 @@ def test_bad_warmup(dls, policy, match):
 def no_pictures():
     "They take most of the time of a tiny run"
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(fastrain.assess, 'draw_pictures', lambda *args: None)
+        m.setattr(fastrain.runs.evaluate, 'draw_pictures', lambda *args: None)
         yield
 
 @pytest.fixture(scope='module')

@@ -7,11 +7,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import Call, digit_dls, make_learner, net, quick, quietly, same, snapshot
-from fastrain.callback import TRAINCallback, history
+from fastrain.training.callback import TRAINCallback, history
 from fastrain.core import set_seed
-from fastrain.losses import AT, TRADES, Natural, Output, Views
-from fastrain.relations import LBGAT, PKT, AbsoluteCosine, Relation, RKDAngle, RKDDistance, Topology, euclidean_distance, triplet_angles
-from fastrain.standard import Frozen
+from fastrain.pieces.losses import AT, TRADES, Natural
+from fastrain.pieces.base import Output, Views
+from fastrain.pieces.relations import LBGAT, PKT, AbsoluteCosine, Relation, RKDAngle, RKDDistance, Topology, euclidean_distance, triplet_angles
+from fastrain.training.standard import Frozen
 from test_topology import edge_cases, pair
 
 def views(std, adv): return Views(None, None, std=Output(None, std), adv=Output(None, adv))

@@ -13,15 +13,15 @@ from fastai.metrics import accuracy
 from fastai.optimizer import Adam
 
 from conftest import Call, Net, net, quick, quietly, same, snapshot
-from fastrain.callback import TRAINCallback
-from fastrain.checkpoint import Checkpoint
+from fastrain.training.callback import TRAINCallback
+from fastrain.training.checkpoint import Checkpoint
 from fastrain.core import set_seed
-from fastrain.data import get_dls
-from fastrain.metric import RobustAccuracy
-from fastrain.losses import TRADES, Natural
-from fastrain.models import load_weights
-from fastrain.schedules import LambdaSchedule, MultiStep, torch_sgd
-from fastrain.standard import CoTrained, Frozen
+from fastrain.data.sources import get_dls
+from fastrain.training.metrics import RobustAccuracy
+from fastrain.pieces.losses import TRADES, Natural
+from fastrain.models.backbone import load_weights
+from fastrain.training.schedules import LambdaSchedule, MultiStep, torch_sgd
+from fastrain.training.standard import CoTrained, Frozen
 
 def at_train(): return TRAINCallback(CoTrained(net(2, drop=.2), warmup=1), attack=quick(), lam=LambdaSchedule(5., 'ramp'))
 def trades_train(): return TRAINCallback(CoTrained(net(2, drop=.2), warmup=1), robust=TRADES(), attack=quick())

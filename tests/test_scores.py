@@ -9,8 +9,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastrain import scores
-from fastrain.scores import l_tp_score, mcnemar, mean_spread, nearest_labels, topology_score, wilson
+from fastrain.evaluation import scores
+from fastrain.evaluation.scores import l_tp_score, mcnemar, mean_spread, nearest_labels, topology_score, wilson
 
 KS = (5, 10, 20, 30, 40, 50)
 

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from conftest import Net, digit_dls, digits, make_learner, net, quick, quietly, same, snapshot
-from fastrain.attacks import PGD
-from fastrain.callback import TRAINCallback
+from fastrain.attacks.pgd import PGD
+from fastrain.training.callback import TRAINCallback
 from fastrain.core import fork_rng
-from fastrain.losses import AT, TRADES, Views
-from fastrain.strategies import ECAS, FAT, SAT, Strategy
+from fastrain.pieces.losses import AT, TRADES
+from fastrain.pieces.base import Views
+from fastrain.pieces.strategies import ECAS, FAT, SAT, Strategy
 
 attack = PGD(.2, .05, 6)
 

@@ -11,11 +11,11 @@ from pyautoattack import checks as package_checks
 from torch import nn
 
 from conftest import Forwards, digits, net, same, snapshot
-from fastrain import threats
-from fastrain.attacks import PGD, margin
+from fastrain.attacks import named
+from fastrain.attacks.pgd import PGD, margin
 from fastrain.core import fork_rng
-from fastrain.evaluate import evaluate
-from fastrain.threats import COSTS, AutoAttack, OfficialAttack, WhileRight, WorstCase, named_attack
+from fastrain.evaluation.evaluate import evaluate
+from fastrain.attacks.named import COSTS, AutoAttack, OfficialAttack, WhileRight, WorstCase, named_attack
 
 class Front(nn.Module):
     "A net behind a function of its images"
@@ -286,7 +286,7 @@ class AutoAttack():
 
 @pytest.fixture
 def with_git_package(tmp_path, monkeypatch):
-    "A second copy of `fastrain.threats`, made where the package of the repository is installed, too"
+    "A second copy of `fastrain.attacks.named`, made where the package of the repository is installed, too"
     (tmp_path/'autoattack.py').write_text(GIT)
     monkeypatch.syspath_prepend(tmp_path)
     spec = importlib.util.spec_from_file_location('fastrain._threats_again', threats.__file__)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastrain.losses import Output, Views
-from fastrain.relations import Topology, cosine_distance, neighbour_probs, topology_loss
-from fastrain.schedules import LambdaSchedule, as_lambda, multi_step, printed, ramp
+from fastrain.pieces.base import Output, Views
+from fastrain.pieces.relations import Topology, cosine_distance, neighbour_probs, topology_loss
+from fastrain.training.schedules import LambdaSchedule, as_lambda, multi_step, printed, ramp
 
 def graph(f):
     "Lines 1 to 4 of the definition, with loops"

@@ -5,11 +5,11 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 
-from fastrain.attacks import PGD
-from fastrain.callback import TRAINCallback
-from fastrain.losses import TRADES
-from fastrain.models import create_backbone
-from fastrain.schedules import torch_sgd
+from fastrain.attacks.pgd import PGD
+from fastrain.training.callback import TRAINCallback
+from fastrain.pieces.losses import TRADES
+from fastrain.models.backbone import create_backbone
+from fastrain.training.schedules import torch_sgd
 
 NAMES = '''resnet18 resnet10t wide_resnet34_10 preact_resnet18 mobilenetv3_small_100 mobilenetv3_large_100 efficientnet_b0 convnext_atto densenet121
            vgg11_bn vit_tiny_patch16_224 mixer_s32_224 deit_tiny_patch16_224'''.split()

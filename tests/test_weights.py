@@ -13,14 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import Call, Forwards, Net, digit_dls, digits, make_learner, net, quick, quietly, same, snapshot
-from fastrain.attacks import PGD, Plan
-from fastrain.callback import TRAINCallback
+from fastrain.attacks.pgd import PGD, Plan
+from fastrain.training.callback import TRAINCallback
 from fastrain.core import set_seed
-from fastrain.features import logits_and_features
-from fastrain.losses import AT, MCA, TRADES, Natural, RobustLoss, Views
-from fastrain.relations import topology_loss
-from fastrain.schedules import torch_sgd
-from fastrain.weights import AWP, EMA, Averaging, Perturbation, ascent, kept_buffers, move
+from fastrain.models.features import logits_and_features
+from fastrain.pieces.losses import AT, MCA, TRADES, Natural, RobustLoss
+from fastrain.pieces.base import Views
+from fastrain.pieces.relations import topology_loss
+from fastrain.training.schedules import torch_sgd
+from fastrain.pieces.weights import AWP, EMA, Averaging, Perturbation, ascent, kept_buffers, move
 from test_resume import check
 
 losses = dict(at=AT, trades=TRADES)
@@ -122,7 +123,7 @@ def test_learning_rate_of_the_proxy_is_irrelevant(): close(*(snapshot(published(
     (4, AWP(warmup=100), AT(), 2), (4, AWP(warmup=2, of=None), AT(), 2), (4, AWP(warmup=4, of=None), AT(), None), (3, AWP(warmup=0), TRADES(), 0)])
 def test_warmup(n_epoch, awp, robust, first, monkeypatch):
     moved,cb = [],SimpleNamespace(robust=robust, learn=SimpleNamespace(model=net()))
-    monkeypatch.setattr('fastrain.weights.ascent', lambda *args: moved.append(epoch) or {})
+    monkeypatch.setattr('fastrain.pieces.weights.ascent', lambda *args: moved.append(epoch) or {})
     awp.setup(cb)
     for epoch in range(n_epoch): awp.perturb(cb, Views(None, None, epoch=epoch, epochs=n_epoch))
     assert moved == list(range(n_epoch if first is None else first, n_epoch))
