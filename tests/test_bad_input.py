@@ -316,7 +316,8 @@ def test_command_line(tmp_path):
     (['train', '--n-train', '10000000'], '(?i)n_train|images'), (['train', '--holdout', '-0.5'], 'holdout'), (['train', '--lam', 'nan'], 'lam'), (['train', '--data', 'nodir/x'], 'nodir')])
 def test_commands(argv, match, tmp_path, monkeypatch):
     "The same in this process: `sys.exit` with one line, which Python prints and returns 1 for"
-    from fastrain import cli, run
+    from fastrain import cli
+    from fastrain.runs import run
     def trains(*args): raise AssertionError('it trains')
     monkeypatch.setattr(run, '_train', trains) # so that a mistake that is not found fails at once
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ from fasttransform import Transform
 from PIL import Image
 from torch import nn
 
-from fastrain.data import sources, pixels
+from fastrain.data import pixels, sources
 from fastrain.core import set_seed
 from fastrain.data.sources import SafeUnpickler, get_dls, list_images, load_cifar_pickle, pick, read_cifar, read_tiny
 from fastrain.data.pixels import CropFlip, crop_flip, decode_images
@@ -311,11 +311,11 @@ def test_download_really_downloads(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=tmp_path/'web'))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f'http://127.0.0.1:{server.server_port}'
-    monkeypatch.setattr(data, 'untar_data', lambda u: external.untar_data(u, base=str(tmp_path/'home')))
+    monkeypatch.setattr(sources, 'untar_data', lambda u: external.untar_data(u, base=str(tmp_path/'home')))
     try:
-        monkeypatch.setitem(data.SOURCES, 'cifar10', data.SOURCES['cifar10']._replace(url=f'{url}/cifar10.tgz'))
+        monkeypatch.setitem(sources.SOURCES, 'cifar10', sources.SOURCES['cifar10']._replace(url=f'{url}/cifar10.tgz'))
         assert len(small('cifar10').train_ds) == 8
-        monkeypatch.setitem(data.SOURCES, 'cifar10', data.SOURCES['cifar10']._replace(url=f'{url}/gone.tgz'))
+        monkeypatch.setitem(sources.SOURCES, 'cifar10', sources.SOURCES['cifar10']._replace(url=f'{url}/gone.tgz'))
         with pytest.raises(OSError, match=r"could not be downloaded(.|\n)*get_dls\('cifar10', path=DIR\)"): small('cifar10')
     finally: server.shutdown(); server.server_close()
 

@@ -157,11 +157,11 @@ def features(n=60, n_classes=4, d=8, shift=.1, **kwargs):
 
 def test_tsne(monkeypatch):
     fitted = []
-    class Spy(pictures.TSNE):
+    class Spy(plots.TSNE):
         def fit_transform(self, x):
             fitted.append(x)
             return super().fit_transform(x)
-    monkeypatch.setattr(pictures, 'TSNE', Spy)
+    monkeypatch.setattr(plots, 'TSNE', Spy)
     first = features(n_classes=12, natural_accuracy=.604, robust_accuracy=.281)
     second = dict(first, natural=first['natural'] + 100, adversarial=first['adversarial'] + 100)
     state = torch.get_rng_state()

@@ -289,7 +289,7 @@ def with_git_package(tmp_path, monkeypatch):
     "A second copy of `fastrain.attacks.named`, made where the package of the repository is installed, too"
     (tmp_path/'autoattack.py').write_text(GIT)
     monkeypatch.syspath_prepend(tmp_path)
-    spec = importlib.util.spec_from_file_location('fastrain._threats_again', threats.__file__)
+    spec = importlib.util.spec_from_file_location('fastrain.attacks._named_again', named.__file__)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
@@ -300,7 +300,7 @@ def test_git_package_comes_first(with_git_package, capfd):
     model,x,y = case(12, n_classes=7)
     model.train()
     official = with_git_package.official
-    assert official.__name__ == 'autoattack' and threats.official is pyautoattack
+    assert official.__name__ == 'autoattack' and named.official is pyautoattack
     res = with_git_package.OfficialAttack('fab-t', .02, 'l2', seed=9).trace(model, x, y)
     assert official.calls == [dict(norm='L2', eps=.02, seed=9, verbose=False, version='standard', device='cpu', bs=12, attacks=['fab-t'], targets=6, training=False)]
     assert torch.equal(res.x_adv, (x + .02).clamp(0, 1)) and list(res.flags) == ['zero gradients'] and '3 points' in res.flags['zero gradients']
