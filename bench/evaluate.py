@@ -5,7 +5,7 @@ import torch
 from fastcore.script import call_parse
 from torch.nn import functional as F
 
-from fastrain.core import fork_rng, save_json, set_seed
+from fastrain.core import fork_rng, save_json, seed_all
 from fastrain.data.sources import get_dls
 from fastrain.evaluation.evaluate import evaluate
 from fastrain.core import environment
@@ -58,7 +58,7 @@ def main(
 ):
     "Time evaluation against a plain loop with the same attacks, and the topology score"
     if threads: torch.set_num_threads(threads)
-    set_seed(0)
+    seed_all(0)
     knn = neighbours(n_support, n_queries, width) # first: the peak of memory is that of the whole process
     dls = get_dls('digits', bs=bs, device='cpu')
     x,y = map(torch.cat, zip(*[b for dl in dls.loaders for b in Batches(dl)]))

@@ -11,7 +11,7 @@ from fastcore.script import anno_parser
 from fastprogress import fastprogress
 
 from fastrain.training.checkpoint import Checkpoint
-from fastrain.core import save_json, save_text, set_seed
+from fastrain.core import save_json, save_text, seed_all
 from fastrain.evaluation.evaluate import evaluate
 from fastrain.training.methods import parse_method
 from fastrain.runs.recipe import make_recipe, monitor, recipe_backbone, recipe_dls, recipe_fit, recipe_learner
@@ -53,7 +53,7 @@ class StepTimer(Callback):
 # -- training ----------------------------------------------------------------------------------------------------------------
 def fresh(dls, seed):
     "Every method starts from the same random numbers, those that shuffle included"
-    set_seed(seed)
+    seed_all(seed)
     for dl in dls.loaders: dl.rng = random.Random(seed)
 
 def bench_learner(recipe, method, dls, cbs=()):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrain.attacks.pgd import PGD
 from fastrain.training.callback import TRAINCallback
-from fastrain.core import save_json, set_seed
+from fastrain.core import save_json, seed_all
 from fastrain.data.sources import get_dls
 from fastrain.training.methods import parse_method
 from fastrain.models.backbone import create_backbone
@@ -59,7 +59,7 @@ class Subject:
 
     def train(self):
         get_model(self.learn.model).load_state_dict(self.start)
-        set_seed(0)
+        seed_all(0)
         with self.learn.no_bar(), self.learn.no_logging(): self.learn.fit(EPOCHS, 1e-4)
 
     def count(self) -> dict: # Passes per batch, in batches
@@ -84,7 +84,7 @@ def main(
 ):
     "Count and time the steps of all methods"
     if threads: torch.set_num_threads(threads)
-    set_seed(0)
+    seed_all(0)
     dls = get_dls('digits', bs=bs)
     batch = dls.train.one_batch()
     batch = tuple(t.as_subclass(torch.Tensor) for t in batch)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastrain.attacks.pgd import PGD
 from fastrain.training.callback import TRAINCallback
-from fastrain.core import save_json, set_seed
+from fastrain.core import save_json, seed_all
 from fastrain.models.backbone import create_backbone
 from fastrain.training.methods import parse_method
 from fastrain.evaluation.tables import markdown_table
@@ -98,7 +98,7 @@ class Watch:
     "Seconds inside the `with`, which starts from the same random numbers each time and waits for the device"
     def __init__(self, batch): self.cuda = batch[0].is_cuda
     def __enter__(self):
-        set_seed(0)
+        seed_all(0)
         self._wait()
         self.start = time.perf_counter()
         return self
@@ -190,7 +190,7 @@ def main(
     if threads: torch.set_num_threads(threads)
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     settings = dict(backbone=backbone, standard=standard, bs=bs, steps=steps, img_size=img_size, repeats=repeats, device=str(device), threads=torch.get_num_threads())
-    set_seed(0)
+    seed_all(0)
     batch = torch.rand(bs, 3, img_size, img_size, device=device), torch.randint(10, (bs,), device=device)
     models = [create_backbone(name, 10, img_size=img_size).to(device) for name in (backbone, standard)]
     macs = [count_macs(m.eval(), batch[0]) for m in models]

@@ -11,7 +11,7 @@ from fastcore.script import call_parse
 from fastprogress import fastprogress
 
 from fastrain.training.callback import history
-from fastrain.core import save_json, set_seed
+from fastrain.core import save_json, seed_all
 from fastrain.evaluation.evaluate import evaluate
 from fastrain.training.methods import canonical, parse_method
 from fastrain.runs.recipe import make_recipe, recipe_dls, recipe_fit, recipe_learner
@@ -25,7 +25,7 @@ LAS = 'net=resnet10t_16,interval=20' # strategy network as small as the other tw
 
 def record(method, seed, standard=None) -> tuple: # What is written, the trained model
     "Train and evaluate one method"
-    set_seed(seed)
+    seed_all(seed)
     r = make_recipe(**SETTINGS, seed=seed)
     dls,name = recipe_dls(r, 'cpu'),_small(canonical(method))
     start = time.process_time() # of this process, which has one thread: other work on the machine does not count

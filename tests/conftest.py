@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrain.attacks.pgd import PGD
-from fastrain.core import set_seed
+from fastrain.core import seed_all
 from fastrain.data.sources import get_dls
 
 matplotlib.use('Agg')
 
 @pytest.fixture(autouse=True)
-def _seed(): set_seed(0)
+def _seed(): seed_all(0)
 
 class Net(nn.Module):
     "Convolution, BatchNorm and ReLU twice, dropout, linear"
@@ -53,7 +53,7 @@ def digits(part, n):
 
 def plain_dls(x, y, bs=8, n_valid=24, shuffle=True, drop_last=True, seed=0):
     "Loaders of plain tensors, which draw nothing but their order, and that by `seed` alone"
-    set_seed(seed)
+    seed_all(seed)
     x_valid,y_valid = digits('test', n_valid)
     train,valid = list(zip(x, y)),list(zip(x_valid.type_as(x), y_valid))
     return DataLoaders(TfmdDL(train, bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=0), TfmdDL(valid, bs=bs, num_workers=0), device='cpu')

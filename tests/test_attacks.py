@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from conftest import Backwards, Forwards, Net, digits, net, same, snapshot
 from fastrain.attacks.pgd import CW, FGSM, PGD, check_images, check_labels, margin, norms, random_noise
-from fastrain.core import fork_rng, set_seed
+from fastrain.core import fork_rng, seed_all
 from fastrain.evaluation.evaluate import evaluate
 from fastrain.attacks.named import named_attack
 
@@ -159,7 +159,7 @@ def test_noise_asks_no_model():
 
 @pytest.fixture(scope='module')
 def trained():
-    set_seed(0)
+    seed_all(0)
     model,(x,y) = net(width=16),digits('train', 1400)
     opt = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(5):
@@ -190,7 +190,7 @@ def test_undefended_falls_under_kl(trained):
     x,y = digits('test', 360)
     right = torch.ones(len(y), dtype=torch.bool)
     for seed in range(3):
-        set_seed(seed)
+        seed_all(seed)
         right &= trained(PGD(.2, .02, 20, objective='kl')(trained, x, y)).argmax(1) == y
     assert right.float().mean() <= .1
 

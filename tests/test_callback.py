@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from conftest import Backwards, Call, Forwards, digit_dls, digits, hooks, make_learner, net, plain_dls, quick, quietly, same, snapshot
 from fastrain.attacks.pgd import PGD
 from fastrain.training.callback import TRAINCallback
-from fastrain.core import set_seed
+from fastrain.core import seed_all
 from fastrain.data.sources import get_dls
 from fastrain.training.metrics import RobustAccuracy
 from fastrain.pieces.losses import AT, TRADES, Natural
@@ -33,7 +33,7 @@ def fit(cb=None, main=None, n_epoch=2, opt='adam', method='fit_one_cycle', n=32,
     dls = digit_dls(n, seed=seed, double=double)
     learn = make_learner(dls, net(1) if main is None else main, [*([cb] if cb else []), *cbs], metrics, opt_func=opt_func, **kwargs)
     if double: learn.remove_cbs([learn.progress, learn.recorder]) # fastai's recorder takes float32 alone
-    set_seed(seed)
+    seed_all(seed)
     return quietly(learn, n_epoch, lr, method)
 
 # --- work
@@ -146,7 +146,7 @@ def loop(robust, eps=.1, alpha=.05, steps=2, lam=0., n_epoch=2, lr=.05):
     dls,main,std = digit_dls(double=True),net(1).double(),net(2).double()
     opt = torch.optim.SGD(main.parameters(), lr, momentum=.9, weight_decay=5e-4)
     std_opt = torch.optim.SGD(std.parameters(), lr, momentum=.9, weight_decay=5e-4)
-    set_seed(0)
+    seed_all(0)
     for _ in range(n_epoch):
         main.train(); std.train()
         for x,y in dls.train:
@@ -250,7 +250,7 @@ def test_learner_or_fit():
     a,b = TRAINCallback(net(2), attack=quick()),TRAINCallback(net(2), attack=quick())
     one = fit(a, method='fit')
     two = make_learner(digit_dls(), net(1))
-    set_seed(0)
+    seed_all(0)
     quietly(two, 2, opts['adam'][1], cbs=b)
     assert same(snapshot(one.model), snapshot(two.model)) and same(snapshot(a.standard_learner.model), snapshot(b.standard_learner.model))
     assert list(two.metrics.attrgot('name')) == ['accuracy'] and not hasattr(two, 'train_cb')
@@ -363,9 +363,9 @@ def test_robust_accuracy_counts():
 
 def test_robust_accuracy_disturbs_nothing():
     def run(metrics):
-        set_seed(0)
+        seed_all(0)
         dls = get_dls('digits', bs=16, n_train=64, n_test=30, device='cpu') # shuffled and augmented
-        set_seed(0)
+        seed_all(0)
         return snapshot(quietly(make_learner(dls, net(1, drop=.5), TRAINCallback(net(2, drop=.5), attack=quick()), metrics), 3, 3e-3).model)
     assert same(run([accuracy]), run([accuracy, RobustAccuracy(quick(), n=12), RobustAccuracy(quick(3))]))
 

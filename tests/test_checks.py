@@ -7,11 +7,11 @@ from torch.nn import functional as F
 from conftest import digits, net, same, snapshot
 from fastrain.attacks.pgd import PGD, random_noise
 from fastrain.attacks.checks import Finding, check_ball, check_logits, check_not_probabilities, sanity_checks
-from fastrain.core import fork_rng, get_rng_state, set_seed
+from fastrain.core import fork_rng, get_rng_state, seed_all
 from fastrain.evaluation.evaluate import evaluate
 
 def train(adversarial, seed=0, n=1400):
-    set_seed(seed)
+    seed_all(seed)
     model,(x,y) = net(seed),digits('train', n)
     opt = torch.optim.Adam(model.parameters(), 5e-3)
     for _ in range(3):

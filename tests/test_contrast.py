@@ -12,7 +12,7 @@ from conftest import Call, digit_dls, make_learner, net, quick, quietly, same, s
 from fastrain.attacks.pgd import PGD
 from fastrain.training.callback import TRAINCallback, history
 from fastrain.pieces.crd import CRD, OtherClasses, bank_dots, nce_loss, train_labels
-from fastrain.core import get_rng_state, set_seed
+from fastrain.core import get_rng_state, seed_all
 from fastrain.data.sources import get_dls
 from fastrain.pieces.losses import AT, TRADES
 from fastrain.pieces.base import Output, Views
@@ -134,7 +134,7 @@ def test_c_is_that_of_the_negatives_drawn():
     v = batch([0, 8, 9], y)
     values = []
     for crd in (a, b):
-        set_seed(3)
+        seed_all(3)
         values.append(crd(v).item())
     assert values[0] == values[1]
 
@@ -182,7 +182,7 @@ def test_state_round_trip(seen):
     assert same(copy.deepcopy(b.state_dict()), state)
     v,values = batch([5, 6, 7]),[]
     for crd in (a, b):
-        set_seed(0)
+        seed_all(0)
         values.append(crd(v).item())
     assert values[0] == values[1] and same(a.state_dict(), b.state_dict())
 
@@ -196,7 +196,7 @@ def test_autocast_changes_nothing():
     state,values = copy.deepcopy(crd.state_dict()),[]
     for enabled in (False, True):
         crd.load_state_dict(copy.deepcopy(state))
-        set_seed(0)
+        seed_all(0)
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled): values.append(crd(v))
     assert values[0].item() == values[1].item() and values[1].dtype == crd._banks[0].dtype == torch.float32
 
@@ -220,10 +220,10 @@ def test_registered():
 # --- in training
 
 def fit(relation, robust=AT, std=None, n_epoch=1, lr=3e-3, cbs=(), attack=None, n=64, lam=5., **kwargs):
-    set_seed(0)
+    seed_all(0)
     dls = get_dls('digits', bs=16, n_train=n, n_test=24, device='cpu', **kwargs)
     learn = make_learner(dls, net(1, width=6), [TRAINCallback(net(2) if std is None else std, robust=robust(), relation=relation, attack=attack or quick(), lam=lam), *cbs])
-    set_seed(0)
+    seed_all(0)
     return quietly(learn, n_epoch, lr)
 
 def small(**kwargs): return CRD(**{'k':24, 'dim':16, **kwargs})

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from fastrain.data import pixels, sources
-from fastrain.core import set_seed
+from fastrain.core import seed_all
 from fastrain.data.sources import SafeUnpickler, get_dls, list_images, load_cifar_pickle, pick, read_cifar, read_tiny
 from fastrain.data.pixels import CropFlip, crop_flip, decode_images
 
@@ -178,7 +178,7 @@ def same(a, b): return all(torch.equal(o, p) for s, t in zip(a, b) for o, p in z
 
 def test_a_seed_fixes_the_batches(folder):
     def go(seed):
-        set_seed(seed)
+        seed_all(seed)
         dl = small(folder).train
         return run(dl), run(dl)
     (a, a2), (b, b2), (c, _) = go(0), go(0), go(1)
@@ -237,7 +237,7 @@ def test_pick_takes_what_there_is():
 
 def test_cache_is_used_rebuilt_and_follows_changes(folder, monkeypatch):
     calls, plain = [], pixels.decode_images
-    for module in (pixels, data): monkeypatch.setattr(module, 'decode_images', lambda *a, **k: calls.append(1) or plain(*a, **k))
+    for module in (pixels, sources): monkeypatch.setattr(module, 'decode_images', lambda *a, **k: calls.append(1) or plain(*a, **k))
     x = small(folder).train.images.x
     assert torch.equal(small(folder).train.images.x, x) and len(calls) == 1
     file, = pixels.cache_dir().iterdir()
@@ -255,7 +255,7 @@ def test_cache_is_used_rebuilt_and_follows_changes(folder, monkeypatch):
 def test_fastai_learner(folder, tmp_path, img_size):
     import matplotlib
     matplotlib.use('Agg')
-    set_seed(0)
+    seed_all(0)
     dls = small(folder, img_size=img_size, num_workers=0)
     learn = Learner(dls, tiny_net(3, img_size or 32), path=tmp_path).remove_cb(ProgressCallback)
     assert isinstance(learn.loss_func, CrossEntropyLossFlat) and dls.c == 3

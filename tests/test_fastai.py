@@ -22,7 +22,7 @@ from torch import nn
 
 from conftest import Call, digit_dls, digits, hooks, make_learner, net, quick, quietly, same, snapshot
 from fastrain.training.callback import Column, TRAINCallback
-from fastrain.core import set_seed
+from fastrain.core import seed_all
 from fastrain.data.sources import get_dls
 from fastrain.training.metrics import RobustAccuracy
 from fastrain.pieces.losses import TRADES
@@ -93,7 +93,7 @@ def test_lr_find_then_fit_equals_fit(tmp_path):
         if search:
             with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False)
         learn.dls = digit_dls() # a search shuffles the loaders, in plain fastai too
-        set_seed(1)
+        seed_all(1)
         return models(quietly(learn, 1, 3e-3))
     assert same(run(True), run(False))
 
@@ -213,7 +213,7 @@ class EMA(Callback):
 def test_averaged_weights():
     plain,ema = learner(metrics=[accuracy, RobustAccuracy(quick())]),learner(metrics=[accuracy, RobustAccuracy(quick())], cbs=[EMA()])
     for learn in (plain, ema):
-        set_seed(0)
+        seed_all(0)
         quietly(learn, 2, 3e-3)
     assert same(models(plain), models(ema)) # training is not touched
     assert column(plain, 'robust_loss') == column(ema, 'robust_loss') and column(plain, 'valid_loss') != column(ema, 'valid_loss')
@@ -324,10 +324,10 @@ def test_mixed_precision_without_a_gpu(precision):
     learn = learner(cbs=[GradientClip(.05)])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        set_seed(0)
+        seed_all(0)
         quietly(getattr(learn, precision)(), 2, 3e-3)
     plain = learner(cbs=[GradientClip(.05)])
-    set_seed(0)
+    seed_all(0)
     assert same(models(learn), models(quietly(plain, 2, 3e-3)))
 
 @pytest.fixture
@@ -438,9 +438,9 @@ def test_time_augmentation(fitted):
         quietly(learn)
         plain.model.load_state_dict(learn.model.state_dict())
     with learn.no_bar(), plain.no_bar():
-        set_seed(3)
+        seed_all(3)
         want = plain.tta(n=2)[0]
-        set_seed(3)
+        seed_all(3)
         got = learn.tta(n=2)[0]
     torch.testing.assert_close(got, want)
     if not fitted: assert same(snapshot(learn.train_cb.policy.standard), snapshot(net(2)))

@@ -10,7 +10,7 @@ from conftest import Call, digit_dls, digits, make_learner, net, quietly, same, 
 from fastrain.attacks.pgd import PGD
 from fastrain.training.callback import TRAINCallback
 from fastrain.training.checkpoint import Checkpoint
-from fastrain.core import set_seed
+from fastrain.core import seed_all
 from fastrain.pieces.las import LAS, batch_accuracy, las_settings, las_variants, stepped
 from fastrain.pieces.losses import AT, TRADES
 from fastrain.pieces.base import Views
@@ -285,9 +285,9 @@ def test_stepped(variant):
 def test_batch_accuracy():
     model = trained()
     v = batch(64, double=True)
-    set_seed(3)
+    seed_all(3)
     nat,adv = batch_accuracy(model, v, PGD(EPS, .001, 1)) # step and steps of the training attack do not matter
-    set_seed(3)
+    seed_all(3)
     want = reference_robust(model, v.x, v.y)
     assert adv.item() == pytest.approx(want) and nat.item() == pytest.approx((model.eval()(v.x).argmax(1) == v.y).float().mean().item())
     assert 0 < want < nat.item()
@@ -321,10 +321,10 @@ def test_reward(variant, r2, r3):
     crafted(cb, v)
     model = copy.deepcopy(cb.learn.model).eval()
     first = trades_loss(model(v.x), model(v.x_adv), v.y, v.notes['beta']) if variant == 'trades' else at_loss(model(v.x_adv), v.y, 1.) # plain labels, also for LAS-AT
-    set_seed(5)
+    seed_all(5)
     got = las.reward(cb, v)
     copied = reference_step(cb.learn.model, variant, v, .05)
-    set_seed(5)
+    seed_all(5)
     adv = reference_robust(copied, v.x, v.y)
     nat = (copied.eval()(v.x).argmax(1) == v.y).double().mean().item()
     cap,default = (20, (8, 4)) if variant == 'trades' else (10, (4, 2) if variant == 'at' else (1, 1))
@@ -447,7 +447,7 @@ def test_state_round_trip():
     b.strategy.load_state_dict(copy.deepcopy(a.strategy.state_dict()))
     for _ in range(2):
         for cb in (a, b):
-            set_seed(8)
+            seed_all(8)
             v = batch()
             crafted(cb, v)
             cb.strategy.attacked(cb, v)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from conftest import digit_dls, digits, make_learner, net, quick, quietly, same, snapshot
 from fastrain.attacks.pgd import PGD, Plan
 from fastrain.training.callback import TRAINCallback
-from fastrain.core import fork_rng, set_seed
+from fastrain.core import fork_rng, seed_all
 from fastrain.pieces.losses import ALP, AT, MART, MCA, TRADES, GAIRAT, Natural, RobustLoss, soft_targets, supcon_loss
 from fastrain.pieces.base import Output, Views
 from fastrain.core import unit_vectors
@@ -273,7 +273,7 @@ def test_infinite_lam_is_at():
 def fit(cb, n_epoch=2, n=32, **kwargs):
     dls = digit_dls(n)
     learn = make_learner(dls, net(1), cb, **kwargs)
-    set_seed(0)
+    seed_all(0)
     return quietly(learn, n_epoch, 3e-3)
 
 def test_gairat_trains_as_at_until_it_begins():
@@ -290,7 +290,7 @@ def test_trains(make):
 
 @pytest.mark.parametrize('n_past', [1, 9])
 def test_supcon_with_past(n_past):
-    set_seed(3)
+    seed_all(3)
     f,y,past,labels = torch.randn(6, 4, dtype=torch.float64, requires_grad=True),[0, 0, 1, 2, 1, 2],unit_vectors(torch.randn(n_past, 4, dtype=torch.float64)),[i % 4 for i in range(n_past)]
     got = supcon_loss(unit_vectors(f), torch.tensor(y), .3, (past, torch.tensor(labels)))
     want = ref_supcon(list(f), y, .3, list(zip(past, labels)))

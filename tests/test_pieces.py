@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from conftest import Call, digit_dls, digits, make_learner, net, quick, quietly, same, snapshot
 from fastrain.attacks.pgd import PGD, Plan, norms
 from fastrain.training.callback import TRAINCallback
-from fastrain.core import fork_rng, set_seed
+from fastrain.core import fork_rng, seed_all
 from fastrain.models.features import n_features
 from fastrain.pieces.losses import AT, TRADES, GAIRAT, Natural, RobustLoss
 from fastrain.pieces.relations import Relation, Topology
@@ -24,7 +24,7 @@ from test_resume import check
 
 def fit(cb, n_epoch=2, lr=.05, method='fit', cbs=(), main=None, **kwargs):
     learn = make_learner(digit_dls(), net(1) if main is None else main, [cb, *cbs], opt_func=torch_sgd, wd=5e-4, wd_bn_bias=True, **kwargs)
-    set_seed(0)
+    seed_all(0)
     return quietly(learn, n_epoch, lr, method)
 
 def column(learn, name): return [v[learn.recorder.metric_names.index(name) - 1] for v in learn.recorder.values]

@@ -13,7 +13,7 @@ from conftest import Call, digit_dls, digits, make_learner, net, quick, quietly,
 from fastrain import cli
 from fastrain.training.callback import TRAINCallback
 from fastrain.training.checkpoint import Checkpoint
-from fastrain.core import load_tensors, set_seed
+from fastrain.core import load_tensors, seed_all
 from fastrain.evaluation.evaluate import evaluate
 from fastrain.models.features import logits_and_features
 from fastrain.pieces.losses import AT, TRADES
@@ -125,7 +125,7 @@ def fit(policy, n_epoch=1, cbs=(), seed=0):
     def keep(learn):
         if not first: first.update(model=snapshot(cb.policy.model), opt=cb.standard_learner.opt and copy.deepcopy(cb.standard_learner.opt.state_dict()))
     cb,dls = TRAINCallback(policy, attack=quick()),digit_dls()
-    set_seed(seed)
+    seed_all(seed)
     learn = quietly(make_learner(dls, net(1), [cb, Call('before_batch', keep, -90), *cbs], opt_func=torch_sgd), n_epoch, .05)
     return learn,first
 
@@ -298,7 +298,7 @@ def test_trained_with_a_trained_model(run, dls, method):
     assert same(snapshot(learn.train_cb.policy.model), want) == (method == 'at+train') and learn.recorder.metric_names[-2] == 'std_accuracy'
 
 def test_main_model_does_not_depend_on_where_the_standard_one_is_from(run, dls):
-    learners = [(set_seed(1), recipe_learner(tiny(**kwargs), method, dls))[1] for method,kwargs in (('at', {}), ('at+train', {}), ('at+train', dict(standard=str(run))))]
+    learners = [(seed_all(1), recipe_learner(tiny(**kwargs), method, dls))[1] for method,kwargs in (('at', {}), ('at+train', {}), ('at+train', dict(standard=str(run))))]
     assert all(same(snapshot(l.model), snapshot(learners[0].model)) for l in learners)
 
 # --- one of timm's

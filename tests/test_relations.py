@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import Call, digit_dls, make_learner, net, quick, quietly, same, snapshot
 from fastrain.training.callback import TRAINCallback, history
-from fastrain.core import set_seed
+from fastrain.core import seed_all
 from fastrain.pieces.losses import AT, TRADES, Natural
 from fastrain.pieces.base import Output, Views
 from fastrain.pieces.relations import LBGAT, PKT, AbsoluteCosine, Relation, RKDAngle, RKDDistance, Topology, euclidean_distance, triplet_angles
@@ -210,7 +210,7 @@ def test_lbgat_errors():
 def fit(relation, robust=AT, std=None, n_epoch=1, lr=3e-3, cbs=(), lam=5., n=32, **kwargs):
     cb = TRAINCallback(net(2) if std is None else std, robust=robust(), relation=relation, attack=quick(**kwargs), lam=lam)
     learn = make_learner(digit_dls(n), net(1, width=6), [cb, *cbs])
-    set_seed(0)
+    seed_all(0)
     return quietly(learn, n_epoch, lr)
 
 def column(learn, name): return history(learn)[name].tolist()

@@ -15,7 +15,7 @@ from fastai.optimizer import Adam
 from conftest import Call, Net, net, quick, quietly, same, snapshot
 from fastrain.training.callback import TRAINCallback
 from fastrain.training.checkpoint import Checkpoint
-from fastrain.core import set_seed
+from fastrain.core import seed_all
 from fastrain.data.sources import get_dls
 from fastrain.training.metrics import RobustAccuracy
 from fastrain.pieces.losses import TRADES, Natural
@@ -33,7 +33,7 @@ def standard(): return TRAINCallback(None, robust=Natural())
 def build(path, cb, opt_func=Adam, cbs=(), seed=1, metrics=None, main=None):
     "A learner from scratch: augmented and shuffled data, dropout, random starts, so that every generator counts"
     path.mkdir(exist_ok=True)
-    set_seed(seed)
+    seed_all(seed)
     dls = get_dls('digits', bs=16, n_train=64, n_test=24, device='cpu')
     return Learner(dls, net(seed, drop=.3) if main is None else main, CrossEntropyLossFlat(), opt_func=opt_func, path=path, cbs=[cb(), *cbs],
                    metrics=[accuracy, RobustAccuracy(quick(), n=10)] if metrics is None else metrics)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from conftest import Call, Forwards, Net, digit_dls, digits, make_learner, net, quick, quietly, same, snapshot
 from fastrain.attacks.pgd import PGD, Plan
 from fastrain.training.callback import TRAINCallback
-from fastrain.core import set_seed
+from fastrain.core import seed_all
 from fastrain.models.features import logits_and_features
 from fastrain.pieces.losses import AT, MCA, TRADES, Natural, RobustLoss
 from fastrain.pieces.base import Views
@@ -29,7 +29,7 @@ losses = dict(at=AT, trades=TRADES)
 def learner(cb, main=None, double=False, cbs=(), bs=8, n=32, **kwargs):
     learn = make_learner(digit_dls(n, bs, double=double), net(1) if main is None else main, [*([cb] if cb else []), *cbs], opt_func=torch_sgd, wd=5e-4, wd_bn_bias=True, **kwargs)
     if double: learn.remove_cbs([learn.progress, learn.recorder]) # fastai's recorder takes float32 alone
-    set_seed(0)
+    seed_all(0)
     return learn
 
 def fit(cb, main=None, n_epoch=2, lr=.05, **kwargs): return quietly(learner(cb, main, **kwargs), n_epoch, lr)
@@ -66,7 +66,7 @@ def published(robust, gamma, first, lam=0., n_epoch=2, lr=.05, proxy_lr=.01):
     "The proxy of the paper: copied, stepped uphill by SGD, its difference normalised, added, and taken back after the step; from epoch `first` on"
     dls,main,std = digit_dls(double=True),net(1).double().train(),net(2).double().train()
     opt,std_opt = (torch.optim.SGD(m.parameters(), lr, momentum=.9, weight_decay=5e-4) for m in (main, std))
-    set_seed(0)
+    seed_all(0)
     for epoch in range(n_epoch):
         for x,y in dls.train:
             x_adv,v = craft(main, x, y, robust),{}

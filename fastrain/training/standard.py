@@ -22,7 +22,7 @@ from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import Registered, fork_rng, load_tensors, save_tensors, set_seed, undisturbed, upcast
+from ..core import Registered, fork_rng, load_tensors, save_tensors, seed_all, undisturbed, upcast
 from ..pieces.base import Output
 from ..models.features import find_classifier, logits_and_features
 from ..models.backbone import create_backbone, load_weights
@@ -91,7 +91,7 @@ class StandardPolicy(Registered):
         cbs = MixedPrecision(learn.mixed_precision.amp_mode) if hasattr(learn, 'mixed_precision') else None
         bar = nullcontext() if hasattr(learn, 'progress') else self.learner.no_bar()
         with undisturbed(self.learner.dls.train), bar, self.learner.no_logging():
-            if self.seed is not None: set_seed(self.seed)
+            if self.seed is not None: seed_all(self.seed)
             self.learner.fit_one_cycle(self.warmup, self.warmup_lr, cbs=cbs)
         if learn.logger is not noop: print(f'standard model: {self.warmup} epochs alone, {_last_row(self.learner)}')
 
