@@ -37,7 +37,7 @@ def lookup(
 
 # %% ../nbs/core.ipynb #5f40797a
 class Registered:
-    "Base of a family of pieces that are found by name: a direct subclass opens a `registry`, its subclasses enter it under their `key`"
+    "Base of a family of pieces found by name: a direct subclass opens a `registry`, its subclasses enter it under their `key`"
     key = None # The name in `registry` and on the command line; None for abstract pieces
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -81,7 +81,8 @@ def check_number(
     possible = math.isfinite(number) or (infinite and math.isinf(number))
     if possible and whole: possible = number.is_integer()
     if possible and _within(number, at_least, above, at_most, below): return int(number) if whole else number
-    bounds = [f'{sign} {b:g}' for sign,b in (('≥', at_least), ('>', above), ('≤', at_most), ('<', below)) if b is not None]
+    given = (('≥', at_least), ('>', above), ('≤', at_most), ('<', below))
+    bounds = [f'{sign} {bound:g}' for sign,bound in given if bound is not None]
     raise ValueError(f'{name}={value!r}: expected a {"whole " if whole else ""}{what} {" and ".join(bounds)}'.rstrip())
 
 def _as_number(value):
@@ -218,7 +219,8 @@ def load_tensors(path, map_location='cpu'):
     try: return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ValueError(f'{path} is not a checkpoint that can be loaded safely (tensors, numbers and strings only): {why}') from e
+        raise ValueError(f'{path} is not a checkpoint that can be loaded safely '
+                         f'(tensors, numbers and strings only): {why}') from e
 
 # %% ../nbs/core.ipynb #c0e00002
 def peek_batch(dl):

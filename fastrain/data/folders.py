@@ -24,7 +24,8 @@ def list_images(
         if found: _check_home(path, Path(folder), found[0], homes)
         elif not subfolders: raise ValueError(f'There are no images in {folder}: fill or remove this folder')
         files += [Path(folder)/n for n in found]
-    return files, [f.parent.name for f in files]
+    labels = [f.parent.name for f in files]
+    return files, labels
 
 def _is_image(name): return name[0] != '.' and Path(name).suffix.lower() in _extensions
 

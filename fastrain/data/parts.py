@@ -32,7 +32,7 @@ def pick_balanced(
 def split_rows(
     y, # Classes of all images
     parts:dict, # Rows of each part: 'train' and perhaps 'valid' and 'test'
-    holdout:float=0, # Share (below 1) or number of training images to validate on; None: a tenth, unless there is a 'valid'
+    holdout:float=0, # Training images to validate on, a share or a number; None: a tenth, unless there is a 'valid'
     n_train:int=None, # Train on so many images, equally many per class
     n_test:int=None, # Test on so many
     seed:int=0
@@ -43,7 +43,8 @@ def split_rows(
     if holdout is None: holdout = 0 if 'valid' in res else .1
     if holdout: res['train'],res['valid'] = _hold_out(y, res, holdout, seed)
     if len(res) == 1:
-        raise ValueError('There are no images to validate on, no folder valid, val or test: give holdout=0.2 to hold some out')
+        raise ValueError('There are no images to validate on, no folder valid, val or test: '
+                         'give holdout=0.2 to hold some out')
     if n_train is not None: res['train'] = _subset(y, res, 'train', n_train, seed)
     if n_test is not None: res['test'] = _subset(y, res, 'test', n_test, seed)
     return {part: res[part] for part in ('train', 'valid', 'test') if part in res}
@@ -64,7 +65,9 @@ def _n_held(holdout, n):
                      f'or a whole number of images below the {n} of the training set')
 
 def _subset(y, parts, part, n, seed):
-    if part not in parts: raise ValueError(f'n_{part}={n}, but there is no {part} set: the images were split by holdout')
+    if part not in parts:
+        raise ValueError(f'n_{part}={n}, but there is no {part} set: the images were split by holdout')
     rows = parts[part]
-    n = check_number(f'n_{part}', n, at_least=1, at_most=len(rows), whole=True, what=f'number of images of the {part} set')
+    what = f'number of images of the {part} set'
+    n = check_number(f'n_{part}', n, at_least=1, at_most=len(rows), whole=True, what=what)
     return rows[pick_balanced(y[rows], n, seed)]

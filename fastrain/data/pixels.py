@@ -43,7 +43,8 @@ def _open_image(o):
     "The PIL image in a path, a file's bytes, or `o` itself; a `ValueError` if it has more than 8 bits per channel"
     if isinstance(o, bytes): o = io.BytesIO(o)
     im = o if isinstance(o, Image.Image) else Image.open(o)
-    if im.mode[0] in 'IF': raise ValueError(f'it has more than 8 bits per channel (mode {im.mode}), save it as 8-bit first')
+    if im.mode[0] in 'IF':
+        raise ValueError(f'it has more than 8 bits per channel (mode {im.mode}), save it as 8-bit first')
     return im
 
 def _as_uint8(o):
@@ -57,7 +58,8 @@ def _as_uint8(o):
 
 def _bytes_of_floats(a):
     low,high = a.min(),a.max()
-    if low < 0 or high > 1: raise ValueError(f'An image of floats must lie in [0,1]; this one spans [{low:.3g}, {high:.3g}]')
+    if low < 0 or high > 1:
+        raise ValueError(f'An image of floats must lie in [0,1]; this one spans [{low:.3g}, {high:.3g}]')
     return (a*255).round().astype(np.uint8)
 
 # %% ../../nbs/data/pixels.ipynb #672306d2
@@ -252,7 +254,8 @@ class PixelDL(TfmdDL):
 
     def __iter__(self):
         for i,b in enumerate(super().__iter__()):
-            order = self._DataLoader__idxs # fastai's order of this pass: right with worker processes and a replaced `get_idxs`, too
+            # fastai's order of this pass: right with worker processes and a replaced `get_idxs`, too
+            order = self._DataLoader__idxs
             bs = self.bs or 1
             self.idxs = torch.tensor(order[i*bs:(i+1)*bs]) if isinstance(order, list) else None
             yield b
@@ -274,7 +277,8 @@ class PixelDataLoaders(DataLoaders):
     def test(self) -> TfmdDL:
         "The loader of the test set"
         if self.test_idx is None:
-            raise ValueError('These DataLoaders have no test set: their validation set was split off from the training set')
+            raise ValueError('These DataLoaders have no test set: '
+                             'their validation set was split off from the training set')
         return self[self.test_idx]
 
     @property
@@ -307,7 +311,8 @@ def pixel_dls(
     num_workers:int=None # Processes that open images; not used for decoded images
 ) -> PixelDataLoaders:
     "`DataLoaders` of the parts in `splits`, the first of which is shuffled and augmented"
-    fitted = images.size is not None # opened images have one size: pad and crop; others are cropped and scaled as they are opened
+    # Images of one size are padded and cropped, others cropped and scaled as they are opened
+    fitted = images.size is not None
     dsets = _datasets(images, splits)
     crop = [] if fitted else [RandomResizedCrop(img_size, min_scale=.35) if augment is True else Resize(img_size)]
     if augment is True: random = [CropFlip(4 if fitted else 0, flip)]

@@ -121,7 +121,7 @@ def _size_before_shrinking(name, img_size, args):
 
 # %% ../../nbs/models/backbone.ipynb #d1f00006
 def _wake_residuals(net):
-    "Residual branches that start at zero would leave a fresh net an input gradient of zero almost everywhere, and attacks need its sign"
+    "Residual branches that start at zero leave a fresh net an input gradient of zero almost everywhere; attacks need its sign"
     for m in net.modules():
         w = getattr(m, 'weight', None)
         if isinstance(w, nn.Parameter) and w.ndim == 1 and not w.any(): nn.init.ones_(w)

@@ -22,8 +22,9 @@ def find_classifiers(model:nn.Module) -> list:
     found = _declared(model)
     if found is None: found = _last_layer(model)
     if found: return found
-    raise ValueError(f'{type(model).__name__} has no classifier to take features from: expected a get_classifier method, an nn.Linear or '
-                     'a 1x1 nn.Conv2d. Create the model with its number of classes, or define get_classifier.')
+    raise ValueError(f'{type(model).__name__} has no classifier to take features from: '
+                     'expected a get_classifier method, an nn.Linear or a 1x1 nn.Conv2d. '
+                     'Create the model with its number of classes, or define get_classifier.')
 
 def _declared(model):
     "What `get_classifier` names, None if there is no such method; in a sequence, the last part that has weights is asked"
@@ -80,8 +81,9 @@ class FeatureCapture:
     def features(self) -> Tensor: # (N, n_features)
         "Of the last forward"
         if self._features is None:
-            raise RuntimeError(f'The classifier of {type(get_model(self.model)).__name__} was not called, so there are no features: '
-                               'call the model inside the `with`, and not a compiled one, which ignores hooks that come later')
+            raise RuntimeError(f'The classifier of {type(get_model(self.model)).__name__} was not called, '
+                               'so there are no features: call the model inside the `with`, '
+                               'and not a compiled one, which ignores hooks that come later')
         return self._features
 
 def _one_per_image(x, is_conv):

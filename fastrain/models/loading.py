@@ -24,7 +24,8 @@ def clean_state_dict(
     "The state dict in `state` without wrappings: outer dictionaries, prefixes, the unused block of published WRNs"
     state = _innermost(state)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f'There is no state dict in it: expected named tensors, possibly inside one of {", ".join(_wrappers)}')
+        raise ValueError('There is no state dict in it: expected named tensors, '
+                         f'possibly inside one of {", ".join(_wrappers)}')
     while prefix := _foreign_prefix(state, keys):
         state = {k.removeprefix(prefix): v for k,v in state.items()}
     return {k: v for k,v in state.items() if not k.startswith(_unused) or k in keys}
