@@ -20,8 +20,14 @@ from .pgd import PGD
 from .worst import Trace, WorstCase
 from ..core import eval_mode, fork_rng, lookup
 
-# %% ../../nbs/attacks/autoattack.ipynb #2eeb2e38
-_COSTS = {'apgd-ce': 100, 'apgd-dlr': 100, 'apgd-t': 900, 'fab': 300, 'fab-t': 1500, 'square': 1700} # in gradients for an image
+# %% ../../nbs/attacks/autoattack.ipynb #4309a4ed
+_COSTS = { # in gradients for an image
+    'apgd-ce': 100,
+    'apgd-dlr': 100,
+    'apgd-t': 900,
+    'fab': 300,
+    'fab-t': 1500,
+    'square': 1700}
 
 _FLAGS = { # a part of the package's message: the name of the flag
     'randomized': 'randomised',
@@ -66,7 +72,7 @@ class _Float32Front(nn.Module):
         self.model,self.dtype = model,dtype
     def forward(self, x): return self.model(x.to(self.dtype)).float()
 
-# %% ../../nbs/attacks/autoattack.ipynb #ef4510fa
+# %% ../../nbs/attacks/autoattack.ipynb #6a47218a
 class OfficialAttack:
     "One attack of the AutoAttack package, on the images that are classified rightly"
     def __init__(self,
@@ -84,7 +90,8 @@ class OfficialAttack:
         self.cost = _COSTS[name]
 
     def __repr__(self):
-        return f'OfficialAttack({self.name!r}, eps={self.eps}, norm={self.norm!r}, version={self.version!r}, seed={self.seed})'
+        return (f'OfficialAttack({self.name!r}, eps={self.eps}, norm={self.norm!r}, '
+                f'version={self.version!r}, seed={self.seed})')
 
     def __call__(self, model, x, y): return self.trace(model, x, y).x_adv
 
@@ -102,20 +109,21 @@ _VERSIONS = {
     'plus': ('apgd-ce', 'apgd-dlr', 'fab', 'square', 'apgd-t', 'fab-t'),
     'rand': ('apgd-ce', 'apgd-dlr')}
 
-# %% ../../nbs/attacks/autoattack.ipynb #0ee7370d
+# %% ../../nbs/attacks/autoattack.ipynb #131ad78c
 @patch
 def _adversary(self:OfficialAttack, net, x, log):
     "The package's object, set to this one attack"
-    norm = dict(linf='Linf', l2='L2')[self.norm]
-    quiet = dict(verbose=False) if _takes(official.AutoAttack, 'verbose') else {}
-    adversary = official.AutoAttack(net, norm=norm, eps=self.eps, version=self.version, seed=self.seed, device=x.device, **quiet)
+    settings = dict(norm=dict(linf='Linf', l2='L2')[self.norm], eps=self.eps, version=self.version, seed=self.seed, device=x.device)
+    if _takes(official.AutoAttack, 'verbose'): settings['verbose'] = False
+    adversary = official.AutoAttack(net, **settings)
     for part in (adversary, adversary.apgd, adversary.apgd_targeted): part.logger = log
     adversary.attacks_to_run = [self.name]
     n_classes = net(x[:1]).shape[1]
     if n_classes < 4 and self.name in ('apgd-dlr', 'apgd-t'):
-        raise ValueError(f'{self.name} needs at least 4 classes for its DLR loss, and the model has {n_classes}, so there is no AutoAttack: '
-                         'use pgd20, cw20, apgd-ce, fab-t and square')
-    for part in (adversary.apgd_targeted, adversary.fab): part.n_target_classes = min(part.n_target_classes, n_classes - 1)
+        raise ValueError(f'{self.name} needs at least 4 classes for its DLR loss, and the model has {n_classes}, '
+                         'so there is no AutoAttack: use pgd20, cw20, apgd-ce, fab-t and square')
+    for part in (adversary.apgd_targeted, adversary.fab):
+        part.n_target_classes = min(part.n_target_classes, n_classes - 1)
     return adversary
 
 @patch

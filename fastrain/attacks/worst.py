@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core import eval_mode
 
-# %% ../../nbs/attacks/worst.ipynb #5a14a37e
+# %% ../../nbs/attacks/worst.ipynb #e76cefb7
 @dataclass
 class Trace:
     "What an attack did to a batch"
@@ -22,7 +22,7 @@ class Trace:
     flags:dict=field(default_factory=dict) # `{name of a warning: text}`
 
 def run_attack(
-    attack, # `(model, x, y) → images`; with a method `trace` it can tell more than its images; None leaves them natural
+    attack, # `(model, x, y) → images`, or None for natural ones; with a method `trace` it can tell more
     model, # Images → logits
     x:Tensor, # (N,...) natural images
     y:Tensor, # (N,) labels

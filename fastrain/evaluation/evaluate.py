@@ -23,7 +23,7 @@ from .measure import Batches, Job, Store, full_precision, measure, model_place, 
 from .record import Evaluation, read_evaluation, summarise
 from .scores import Evidence, Measure
 
-# %% ../../nbs/evaluation/evaluate.ipynb #2c77987f
+# %% ../../nbs/evaluation/evaluate.ipynb #0b9b98b0
 def parse_figures(
     attacks, # Names of attacks and measures, comma-separated or in a list; or `{name: attack}`
     eps=8/255, # As of `parse_attacks`, like what follows
@@ -46,19 +46,20 @@ def parse_figures(
 
 def _own_attacks(attacks, names):
     "Objects may have any name but those of other figures"
-    taken = [n for n,a in attacks.items() if own_attack(n, a).base == 'worst case' or a is not None and n not in names]
-    if taken: raise ValueError(f'{taken[0]!r} is the name of another figure: call the attack otherwise')
+    for n,a in attacks.items():
+        if own_attack(n, a).base == 'worst case' or n not in names and a is not None:
+            raise ValueError(f'{n!r} is the name of another figure: call the attack otherwise')
     return {n: attacks[n] for n in names}
 
 def _is_measure(name): return any(name in (m.key, m.group) for m in Measure.registry.values())
 def _needs(measures, what): return any(what in m.needs for m in measures)
 
-# %% ../../nbs/evaluation/evaluate.ipynb #8c1b3c8b
+# %% ../../nbs/evaluation/evaluate.ipynb #61f567a0
 @fork_rng()
 def evaluate(
     model, # An `nn.Module` on [0,1] images, or a `Learner`
     dl, # `DataLoaders` (their test set, or else validation set), a `DataLoader`, or any batches `(x, y)`
-    attacks=('natural', 'pgd20'), # Names, see `parse_attack`, and measures such as 'topology'; or `{name: attack}`, None being natural
+    attacks=('natural', 'pgd20'), # Names, see `parse_attack`, and measures; or `{name: attack}`, None being natural
     *,
     eps=8/255, # Size of the ball in pixel units, for attacks by name: a number, '8/255', or several of them
     alpha:float=None, # Step size of PGD and C&W by name; None: see `parse_attack`
@@ -87,69 +88,75 @@ def evaluate(
     support = _support(dl, support, n_support, ks) if _needs(measures, 'support') else None
     store = Store(out and Path(out)/'parts')
     sample = _Sample(n_batches(batches))
-    results = measure(batches, _jobs(model, standard, attacks, measures, on, images), store, seed, progress, sample)
+    jobs = _jobs(model, standard, attacks, measures, on, images)
+    results = measure(batches, jobs, store, seed, progress, sample)
     columns = dict(zip(attacks, results))
-    evidence = Evidence(columns, on, standard=results[-1] if standard is not None else None, bs=bs or batches.bs or sample.bs, ks=ks,
-                        support=support and _support_columns(model, support, on, attacks[on].attack, store, seed, progress))
+    of_standard = None if standard is None else results[-1]
+    if support: support = _support_columns(model, support, on, attacks[on].attack, store, seed, progress)
+    evidence = Evidence(columns, on, of_standard, support, bs or batches.bs or sample.bs, ks)
     figures = {m.key: m.measure(evidence) for m in measures}
-    if checks: notes += map(str, sanity_checks(model, *sample.get(), *_ball(attacks, norm), standard if standard is not model else None))
-    device,dtype = model_place(model)
-    settings = dict(subset=batches.name, precision=str(dtype).removeprefix('torch.'), seed=seed, l_tp_attack=on, device=str(device))
+    if checks: notes += _findings(model, standard, sample, attacks, norm)
+    settings = dict(subset=batches.name, precision=_place(model)[1], seed=seed, l_tp_attack=on, device=_place(model)[0])
     ev = summarise(columns, attacks, settings, figures, evidence.topology, notes, batches.rows)
     if out: ev.save(out)
     return ev
 
-# %% ../../nbs/evaluation/evaluate.ipynb #aed391ba
+# %% ../../nbs/evaluation/evaluate.ipynb #35b21d49
 def _module(model):
     if isinstance(model, Learner): model = model.model
     if model is None: return None
     if not isinstance(model, nn.Module):
-        raise TypeError(f'{type(model).__name__} is no nn.Module: wrap it in one whose forward takes images in [0,1] and returns logits')
+        raise TypeError(f'{type(model).__name__} is no nn.Module: '
+                        'wrap it in one whose forward takes images in [0,1] and returns logits')
     return get_model(model)
 
 def _float32(model): # and notes
-    half = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)} if model is not None else ()
+    if model is None: return None,[]
+    half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
     if not half: return model,[]
-    names = ' and '.join(str(d).removeprefix('torch.') for d in half)
+    names = ' and '.join(map(_dtype_name, half))
     return copy.deepcopy(model).float(),[f'precision: the weights are {names}, evaluated as float32']
 
-# %% ../../nbs/evaluation/evaluate.ipynb #a777057b
+def _dtype_name(dtype): return str(dtype).removeprefix('torch.')
+
+def _place(model): # of the model: device and precision, as text
+    device,dtype = model_place(model)
+    return str(device),_dtype_name(dtype)
+
+# %% ../../nbs/evaluation/evaluate.ipynb #afd13932
 def _jobs(model, standard, attacks, measures, on, images):
-    features = True if _needs(measures, 'features') else None # None: if the model has any
+    wanted = True if _needs(measures, 'features') else None # None: if the model has any
     jobs = []
     for name,a in attacks.items():
-        jobs.append(Job(model, name, a.attack, features if name in ('natural', on) else False, images and a.attack is not None))
+        features = wanted if name in ('natural', on) else False
+        jobs.append(Job(model, name, a.attack, features, images and a.attack is not None))
     if standard is not None: jobs.append(Job(standard, 'standard', None, True))
     return jobs
 
 def _with_standard(measures, standard):
     "What needs a standard model is an error without, and measured with one whether it is named or not"
-    needing = [m for m in measures if 'standard' in m.needs]
-    if needing and standard is None: raise ValueError(f'{needing[0].key} needs the standard model: give standard')
-    if standard is None: return measures
-    return [m() for m in Measure.registry.values() if 'standard' in m.needs or any(isinstance(o, m) for o in measures)]
+    if standard is None:
+        if _needs(measures, 'standard'): raise ValueError('L_TP and its like need the standard model: give standard')
+        return measures
+    asked = {m.key for m in measures}
+    return [m() for m in Measure.registry.values() if m.key in asked or 'standard' in m.needs]
 
 def _measured_on(attacks, name):
     "The attack whose images measures are taken on"
-    pgd20 = [a.name for a in attacks.values() if a.base == 'pgd20' or (a.kind == 'pgd' and a.steps == 20)]
-    on = name or (pgd20 or list(attacks))[0 if pgd20 else -1]
-    lookup(on, attacks, 'attack')
-    return on
+    if name: return lookup(name, list(attacks), 'attack')
+    for a in attacks.values():
+        if a.base == 'pgd20' or (a.kind, a.steps) == ('pgd', 20): return a.name
+    return list(attacks)[-1]
 
-def _ball(attacks, norm): # size, norm
-    "The largest ball of the first norm that is attacked in"
-    balls = [(a.eps, a.norm) for a in attacks.values() if a.eps is not None] or [(8/255, norm)]
-    first = balls[0][1]
-    return max(e for e,n in balls if n == first),first
-
-# %% ../../nbs/evaluation/evaluate.ipynb #3381075a
+# %% ../../nbs/evaluation/evaluate.ipynb #fc6d0545
 def _support(dl, support, n, ks):
     "The training images that are asked for"
     if support is None: support = dl if isinstance(dl, DataLoaders) else None
     if support is None: raise ValueError('Topology scores need training images: give DataLoaders, or support')
     batches = Batches(support.train if isinstance(support, DataLoaders) else support, n)
     if n and 2*n < min(ks):
-        raise ValueError(f'n_support={n}: fewer images than the {min(ks)} neighbours of the topology score, natural and attacked ones together')
+        raise ValueError(f'n_support={n}: fewer images than the {min(ks)} neighbours of the topology score, '
+                         'natural and attacked ones together')
     return batches
 
 def _support_columns(model, support, on, attack, store, seed, progress):
@@ -158,7 +165,7 @@ def _support_columns(model, support, on, attack, store, seed, progress):
     natural,attacked = measure(support, jobs, store, seed, progress)
     return {k: torch.cat([natural[k], attacked[k]]) for k in ('features', 'y')}
 
-# %% ../../nbs/evaluation/evaluate.ipynb #0e2371f1
+# %% ../../nbs/evaluation/evaluate.ipynb #9faf2367
 class _Sample:
     "About 64 images for the checks, from all over the set"
     def __init__(self, n_batches):
@@ -175,7 +182,15 @@ class _Sample:
 
     def get(self): return torch.cat(self.x),torch.cat(self.y)
 
-# %% ../../nbs/evaluation/evaluate.ipynb #de58d82a
+def _findings(model, standard, sample, attacks, norm):
+    "What looks wrong, as notes"
+    sized = [a for a in attacks.values() if a.eps is not None]
+    if sized: norm = sized[0].norm
+    eps = max((a.eps for a in sized if a.norm == norm), default=8/255)
+    source = standard if standard is not model else None
+    return [str(f) for f in sanity_checks(model, *sample.get(), eps, norm, source)]
+
+# %% ../../nbs/evaluation/evaluate.ipynb #f3c8eb86
 def saved_images(
     out, # Folder of an evaluation that was made with `images=True`
     attack:str # Name of the attack
@@ -184,7 +199,8 @@ def saved_images(
     folder = Path(out)
     for f in lookup(attack, read_evaluation(folder)['files'], 'attack'):
         part = load_tensors(folder/'parts'/f)
-        if 'x_adv' not in part: raise ValueError(f'{out} has no images of {attack!r}: evaluate with images=True (--images)')
+        if 'x_adv' not in part:
+            raise ValueError(f'{out} has no images of {attack!r}: evaluate with images=True (--images)')
         yield part['x_adv'],part['y']
 
 def rescore(
@@ -193,12 +209,19 @@ def rescore(
 ) -> pd.DataFrame: # A row per attack: accuracy in the table, and of the saved images
     "Accuracy on saved adversarial images"
     model,_ = _float32(_module(model))
-    attacked = [r for r in read_evaluation(out)['rows'] if r['kind'] == 'attack']
-    with full_precision(), eval_mode(model), torch.no_grad():
-        rows = [dict(attack=r['name'], table=r['accuracy'], rescored=_accuracy(model, saved_images(out, r['name']))) for r in attacked]
+    rows = []
+    for r in read_evaluation(out)['rows']:
+        if r['kind'] != 'attack': continue
+        rescored = _accuracy(model, saved_images(out, r['name']))
+        rows.append(dict(attack=r['name'], table=r['accuracy'], rescored=rescored))
     return pd.DataFrame(rows).set_index('attack')
 
+@torch.no_grad()
 def _accuracy(model, batches):
     device,dtype = model_place(model)
-    right = torch.cat([model(x.to(device, dtype)).argmax(1).cpu() == y for x,y in batches])
-    return int(right.sum())/len(right)
+    hits = n = 0
+    with full_precision(), eval_mode(model):
+        for x,y in batches:
+            hits += int((model(x.to(device, dtype)).argmax(1).cpu() == y).sum())
+            n += len(y)
+    return hits/n

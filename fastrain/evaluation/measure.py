@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batches', 'Job', 'Store', 'full_precision', 'batch_seed', 'model_place', 'n_batches', 'measure']
 
-# %% ../../nbs/evaluation/measure.ipynb #40bb34a7
+# %% ../../nbs/evaluation/measure.ipynb #516fda20
 import contextlib, hashlib, itertools, re, time, zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +18,12 @@ from fastprogress import fastprogress
 from torch import Tensor, nn
 
 from ..attacks.checks import check_ball, check_logits, check_not_probabilities, has_gradient
-from ..attacks.pgd import check_images, check_labels, margin
+from ..attacks.pgd import check_images, check_labels, logit_margin
 from ..attacks.worst import attack_cost, run_attack
 from ..core import check_number, eval_mode, fork_rng, load_tensors, save_tensors
 from ..models.features import FeatureCapture
 
-# %% ../../nbs/evaluation/measure.ipynb #e2b29038
+# %% ../../nbs/evaluation/measure.ipynb #a677360b
 class Batches:
     "The batches `(x, y)` of a loader in order, complete and without augmentation; or those of a fixed subset"
     def __init__(self,
@@ -32,7 +32,8 @@ class Batches:
         seed:int=0 # Of the subset
     ):
         if isinstance(dl, (str, bytes)) or not hasattr(dl, '__iter__') and not isinstance(dl, DataLoaders):
-            raise TypeError(f'{type(dl).__name__} cannot be iterated in batches: give a DataLoader, DataLoaders, or batches (x, y)')
+            raise TypeError(f'{type(dl).__name__} cannot be iterated in batches: '
+                            'give a DataLoader, DataLoaders, or batches (x, y)')
         if isinstance(dl, DataLoaders): dl = getattr(dl, 'final', None) or dl.valid
         if isinstance(dl, DataLoader): dl = dl.new(shuffle=False, drop_last=False)
         self.dl,self.rows,self.name = dl,None,'all'
@@ -43,8 +44,9 @@ class Batches:
     def bs(self): return getattr(self.dl, 'bs', None)
 
     def __iter__(self):
-        chosen = self.rows is not None and not isinstance(self.dl, DataLoader) # a `DataLoader` opens the chosen images only
-        for x,y in self._chosen() if chosen else self._all(): yield x.as_subclass(Tensor),y.as_subclass(Tensor)
+        opens_all = self.rows is None or isinstance(self.dl, DataLoader) # which opens the chosen images alone
+        for x,y in self._all() if opens_all else self._chosen():
+            yield x.as_subclass(Tensor),y.as_subclass(Tensor)
 
     def _all(self):
         ds = getattr(self.dl, 'dataset', None)
@@ -52,17 +54,18 @@ class Batches:
         with without_augmentation:
             for b in self.dl: yield b[0],b[1]
 
-# %% ../../nbs/evaluation/measure.ipynb #ed8587f0
+# %% ../../nbs/evaluation/measure.ipynb #2aec6aa6
 @patch
 def _choose(self:Batches, n, seed):
     from fastrain.data.sources import pick # here, so that who takes all images needs no data sets
     if iter(self.dl) is self.dl:
-        raise ValueError(f'n={n} of an iterator: give something that can be iterated twice, such as a list or a DataLoader, '
-                         'for the labels are needed first')
+        raise ValueError(f'n={n} of an iterator: give something that can be iterated twice, '
+                         'such as a list or a DataLoader, for the labels are needed first')
     self.labels = self._labels()
     if n > len(self.labels): raise ValueError(f'n={n}, but there are only {len(self.labels)} images')
     self.rows = torch.from_numpy(pick(self.labels, n, seed))
-    self.name = f'balanced-{n}-seed{seed}-{zlib.crc32(self.rows.numpy().tobytes()):08x}'
+    checksum = zlib.crc32(self.rows.numpy().tobytes())
+    self.name = f'balanced-{n}-seed{seed}-{checksum:08x}'
     if isinstance(self.dl, DataLoader): self.dl = self.dl.new(get_idxs=lambda: self.rows.tolist(), n=n)
 
 @patch
@@ -93,23 +96,26 @@ class Job(NamedTuple):
     features:bool=False # Keep penultimate features? None: if the model has any
     images:bool=False # Keep adversarial images?
 
-# %% ../../nbs/evaluation/measure.ipynb #4a913568
+# %% ../../nbs/evaluation/measure.ipynb #a99d52af
 def _weights_hash(model:nn.Module) -> str:
     "A name for a model with just these weights"
     h = hashlib.sha1(repr(model).encode())
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name,m in model.named_modules(): # what is no weight may matter, too: a temperature, a tensor that is no buffer
-        for k,v in vars(m).items():
+    for name,m in model.named_modules():
+        for k,v in vars(m).items(): # what is no weight may matter, too: a temperature, a tensor that is no buffer
             if isinstance(v, Tensor): tensors[f'{name}.{k}'] = v
-            elif k != 'training' and isinstance(v, (bool, int, float, str, tuple, list)): h.update(f'{name}.{k}={v}'.encode())
+            elif k != 'training' and isinstance(v, _PLAIN): h.update(f'{name}.{k}={v}'.encode())
     for name,t in tensors.items():
         h.update(name.encode())
         h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:12]
 
+_PLAIN = (bool, int, float, str, tuple, list)
+
 def _pixels_hash(x:Tensor, y:Tensor) -> str:
     "A name for just these images and labels"
-    return f'{zlib.crc32(y.cpu().numpy(), zlib.crc32(x.detach().cpu().contiguous().numpy())):08x}'
+    of_images = zlib.crc32(x.detach().cpu().contiguous().numpy())
+    return f'{zlib.crc32(y.cpu().numpy(), of_images):08x}'
 
 class Store:
     "Where the batches of a measurement are kept: a folder, or nowhere"
@@ -121,27 +127,31 @@ class Store:
     def path(self, job:Job, seed:int, i:int, pixels:str) -> Path: # None if nothing is kept
         "The file of a job's batch number `i`"
         if not self.folder: return None
-        if id(job.model) not in self._hashes: self._hashes[id(job.model)] = _weights_hash(job.model)
         settings = hashlib.sha1(f'{job.attack!r} {seed}'.encode()).hexdigest()[:8]
         name = job.name.replace('/', '_')
-        return self.folder/f'{self._hashes[id(job.model)]}-{name}-{settings}'/f'{i:05d}-{pixels}.pt'
+        return self.folder/f'{self._weights(job.model)}-{name}-{settings}'/f'{i:05d}-{pixels}.pt'
+
+    def _weights(self, model):
+        if id(model) not in self._hashes: self._hashes[id(model)] = _weights_hash(model)
+        return self._hashes[id(model)]
 
     def get(self, path, job):
         "What is there already, and whole; never of an attack that is known by no more than its place in memory"
         if path is None or not path.exists() or re.search(r'<lambda>| at 0x', repr(job.attack)): return None
         try: part = load_tensors(path)
         except ValueError: return None # cut off: measured again
-        wanted = [k for k,w in (('features', job.features), ('x_adv', job.images)) if w]
-        return part if all(k in part for k in wanted) else None
+        if job.features and 'features' not in part or job.images and 'x_adv' not in part: return None
+        return part
 
-# %% ../../nbs/evaluation/measure.ipynb #feb29bc0
+# %% ../../nbs/evaluation/measure.ipynb #d80a2a55
 def _run_job(job, x, y, tick):
     "What is kept of one batch; `tick(cost)` is called when a part of the work is done"
     start = time.perf_counter()
     trace = _attacked(job, x, y, tick)
     with torch.no_grad(): logits,features = _forward(job.model, trace.x_adv, job.features)
     logits = check_logits(logits, len(y), job.name)
-    part = dict(y=y.cpu(), pred=logits.argmax(1).cpu(), margin=margin(logits, y).cpu(), flags=trace.flags)
+    part = dict(y=y.cpu(), pred=logits.argmax(1).cpu(), margin=logit_margin(logits, y).cpu())
+    part['flags'] = trace.flags
     if trace.stage is not None: part['stage'] = trace.stage.cpu()
     if features is not None: part['features'] = features.float().cpu()
     if job.images: part['x_adv'] = trace.x_adv.cpu()
@@ -155,8 +165,10 @@ def _attacked(job, x, y, tick):
         raise ValueError(f'{job.name}: the model passes no gradient to its images (a no_grad or detach inside it), '
                          'so that attacks by gradients cannot be run; square needs none') from e
     if job.attack is None: return trace
-    if on := [n for n,m in job.model.named_modules() if m.training]:
-        raise RuntimeError(f'{job.name} left the model in training mode ({on[0] or "all of it"}): its figure would be that of another model')
+    training = [n for n,m in job.model.named_modules() if m.training]
+    if training:
+        raise RuntimeError(f'{job.name} left the model in training mode ({training[0] or "all of it"}): '
+                           'its figure would be that of another model')
     check_ball(trace.x_adv, x, job.attack)
     return trace
 
@@ -170,7 +182,7 @@ def _forward(model, x, features):
             if features: raise
     return model(x),None
 
-# %% ../../nbs/evaluation/measure.ipynb #aafc7b38
+# %% ../../nbs/evaluation/measure.ipynb #ab2fac42
 @contextlib.contextmanager
 def full_precision():
     "Float32 throughout: no autocast and no TF32, whatever training used"
@@ -183,21 +195,23 @@ def full_precision():
 
 def batch_seed(seed:int, i:int) -> int:
     "The seed of all random numbers of batch `i`"
-    return int.from_bytes(hashlib.sha1(f'{seed} {i}'.encode()).digest()[:6], 'big')
+    digest = hashlib.sha1(f'{seed} {i}'.encode()).digest()
+    return int.from_bytes(digest[:6], 'big')
 
 def model_place(model) -> tuple: # device, floating type
     "Where a model wants its images, and as what"
     p = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
     return p.device,p.dtype if p.is_floating_point() else torch.float32
 
-# %% ../../nbs/evaluation/measure.ipynb #29514657
+# %% ../../nbs/evaluation/measure.ipynb #961e65d1
 class _Bar:
     "A bar whose unit is a gradient; `n_batches` is None where it cannot be told"
     def __init__(self, jobs, n_batches, show):
         self.done,self.bar = 0,None
         if not show or fastprogress.NO_BAR: return
-        total = None if n_batches is None else max(1, round(n_batches*sum(attack_cost(j.attack) for j in jobs)))
-        self.bar = fastprogress.progress_bar((), total=total or 'noinfer', leave=False)
+        total = 'noinfer'
+        if n_batches is not None: total = max(1, round(n_batches*sum(attack_cost(j.attack) for j in jobs)))
+        self.bar = fastprogress.progress_bar((), total=total, leave=False) # moved by hand
         self.bar.update(0)
 
     def tick(self, job, cost):
@@ -253,7 +267,7 @@ def _part(job, x, y, store, seed, i, pixels, bar):
         if path: save_tensors(path, part)
     return dict(part, file=path and str(path.relative_to(store.folder)))
 
-# %% ../../nbs/evaluation/measure.ipynb #534920f2
+# %% ../../nbs/evaluation/measure.ipynb #921ce771
 def _checked(batches, models):
     "The batches that are not empty, where the models want them"
     device,dtype = model_place(models[0])
@@ -275,7 +289,8 @@ def _n_classes(model, x):
 
 def _join(parts):
     "The parts of a job, one for each batch, as columns over all images"
-    columns = {k: torch.cat([p[k] for p in parts]) for k in ('y', 'pred', 'margin', 'stage', 'features') if k in parts[0]}
+    names = [k for k in ('y', 'pred', 'margin', 'stage', 'features') if k in parts[0]]
+    columns = {k: torch.cat([p[k] for p in parts]) for k in names}
     flags = {}
     for p in parts:
         for name,text in p['flags'].items(): flags.setdefault(name, []).append(text)

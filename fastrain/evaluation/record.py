@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Row', 'Evaluation', 'summarise', 'read_record', 'read_evaluation']
 
-# %% ../../nbs/evaluation/record.ipynb #44c1ed3a
-import json, re
-from dataclasses import asdict, dataclass, replace
+# %% ../../nbs/evaluation/record.ipynb #cbb54340
+import copy, json, re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +21,7 @@ from ..core import environment, save_json, save_text
 from .scores import Measure, wilson
 from .tables import attack_table, evaluation_text
 
-# %% ../../nbs/evaluation/record.ipynb #30c07b8b
+# %% ../../nbs/evaluation/record.ipynb #80539e39
 @dataclass(frozen=True)
 class Row:
     "One accuracy of a table, with what a reader needs to believe it"
@@ -46,23 +46,30 @@ def _row(name, title, kind, base, size, right, attack=None, seconds=None):
     "The row of what `right` (N,) says of each image"
     hits,n = int(right.sum()),len(right)
     low,high = wilson(hits, n)
-    row = Row(name, title, kind, base, size, hits/n, low, high, hits, n, seconds=seconds)
-    if attack is None or attack.attack is None: return row
-    return replace(row, eps=attack.eps, alpha=attack.alpha, steps=attack.steps, norm=attack.norm, settings=repr(attack.attack))
+    how = {}
+    if attack is not None and attack.attack is not None:
+        how = {k: getattr(attack, k) for k in ('eps', 'alpha', 'steps', 'norm')}
+        how['settings'] = repr(attack.attack)
+    return Row(name, title, kind, base, size, hits/n, low, high, hits, n, seconds=seconds, **how)
 
-# %% ../../nbs/evaluation/record.ipynb #d12d864c
+# %% ../../nbs/evaluation/record.ipynb #37960198
 def _right(column): return column['pred'] == column['y']
 
 def _attack_row(attack, column):
     kind = 'natural' if attack.kind == 'natural' else 'attack'
-    return _row(attack.name, attack.title, kind, attack.base, attack.size, _right(column), attack, column['seconds'])
+    right,seconds = _right(column),column['seconds']
+    return _row(attack.name, attack.title, kind, attack.base, attack.size, right, attack, seconds)
 
 def _stage_rows(attack, column):
     "What is left after each of the attacks that one consists of"
     for i,stage in enumerate(attack.stages.values()):
         left = (column['stage'] == -2) | (column['stage'] > i)
-        name,title,base = (f'{a} after {b}' for a,b in ((attack.name, stage.name), (attack.title, stage.title), (attack.base, stage.name)))
+        name = _after(attack.name, stage.name)
+        title = _after(attack.title, stage.title)
+        base = _after(attack.base, stage.name)
         yield _row(name, title, 'stage', base, attack.size, left, stage)
+
+def _after(attack, stage): return f'{attack} after {stage}'
 
 def _worst_rows(columns, attacks):
     "The worst case for each size and norm that several attacks have"
@@ -77,11 +84,12 @@ def _worst_rows(columns, attacks):
         name = 'worst case' + f'@{size}'*bool(size) + f' {norm}'*several_norms
         yield _row(name, name, 'worst case', 'worst case', size, right)
 
-# %% ../../nbs/evaluation/record.ipynb #85f38e86
+# %% ../../nbs/evaluation/record.ipynb #2e7c7d43
 def _flags(attack, column):
     "What the package warned of, and whether its last resort did better than all attacks by gradients"
     for flag,texts in column['flags'].items():
-        yield f'{attack.name}: AutoAttack\'s flag {flag!r} (in {len(texts)} of {column["batches"]} batches): {texts[0]}'
+        share = f'in {len(texts)} of {column["batches"]} batches'
+        yield f'{attack.name}: AutoAttack\'s flag {flag!r} ({share}): {texts[0]}'
     names = [s.base for s in attack.stages.values()]
     if 'square' in names[1:]:
         broken = (column['stage'] == names.index('square')).float().mean().item()
@@ -97,10 +105,11 @@ def _rising(rows):
     for base,curve in curves.items():
         curve.sort(key=lambda r: (r.eps, r.hits))
         for a,b in zip(curve, curve[1:]):
-            if b.hits > a.hits + max(2, .01*a.n):
-                yield str(Finding('larger eps', f'{b.hits} of {b.n} images survive {base} with ε = {b.eps:.4g}, only {a.hits} with {a.eps:.4g}'))
+            if b.hits <= a.hits + max(2, .01*a.n): continue
+            text = f'{b.hits} of {b.n} images survive {base} with ε = {b.eps:.4g}, only {a.hits} with {a.eps:.4g}'
+            yield str(Finding('larger eps', text))
 
-# %% ../../nbs/evaluation/record.ipynb #a44845d1
+# %% ../../nbs/evaluation/record.ipynb #153b4e6d
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     "Figures of a model, with what they rest on"
@@ -114,7 +123,7 @@ class Evaluation:
     indices:Tensor=None # Places of the images in the test set; None: all, in order
 
     def __getitem__(self, name): return self.figures[name]
-    def __repr__(self): return f'Evaluation({", ".join(f"{k}={v:.4g}" for k,v in self.figures.items())})'
+    def __repr__(self): return f'Evaluation({self.figures})'
     def __str__(self): return self.text()
     def _repr_markdown_(self): return self.text()
 
@@ -135,6 +144,7 @@ class Evaluation:
         "(N,) which images none of these attacks broke"
         return torch.stack([self.right(k) for k in names]).all(0)
 
+# %% ../../nbs/evaluation/record.ipynb #ad6d71d5
 def summarise(
     columns:dict, # `{attack: columns over the images}`, see `measure`
     attacks:dict, # `{name: NamedAttack}`
@@ -148,13 +158,14 @@ def summarise(
     rows = []
     for k,a in attacks.items(): rows += [_attack_row(a, columns[k]), *_stage_rows(a, columns[k])]
     rows += _worst_rows(columns, attacks)
-    figures = {r.name: r.accuracy for r in rows if r.kind != 'stage'}
+    accuracies = {r.name: r.accuracy for r in rows if r.kind != 'stage'}
+    figures = accuracies | (measures or {})
     notes = list(notes)
     for k,a in attacks.items(): notes += _flags(a, columns[k])
     notes += _rising(rows)
-    return Evaluation(figures | (measures or {}), tuple(rows), columns, attacks, settings, topology or {}, notes, indices)
+    return Evaluation(figures, tuple(rows), columns, attacks, settings, topology or {}, notes, indices)
 
-# %% ../../nbs/evaluation/record.ipynb #eaf6eff2
+# %% ../../nbs/evaluation/record.ipynb #de9a7cbf
 @patch(as_prop=True)
 def table(self:Evaluation) -> pd.DataFrame:
     "A row per attack"
@@ -162,16 +173,17 @@ def table(self:Evaluation) -> pd.DataFrame:
 
 @patch(as_prop=True)
 def per_image(self:Evaluation) -> pd.DataFrame:
-    "A row per image: label, and under each attack prediction and margin (best wrong logit minus the right one; positive is wrong)"
-    cols = dict(image=torch.arange(self.n) if self.indices is None else self.indices, label=self._labels)
+    "A row per image: label, and under each attack prediction and margin (positive is wrong)"
+    image = torch.arange(self.n) if self.indices is None else self.indices
+    cols = dict(image=image.numpy(), label=self._labels.numpy())
     for k,c in self.columns.items():
-        cols[k] = c['pred']
-        cols[f'{k} margin'] = c['margin']
+        cols[k] = c['pred'].numpy()
+        cols[f'{k} margin'] = c['margin'].numpy()
         if 'stage' in c: cols[f'{k} broken by'] = _broken_by(c['stage'], list(self.attacks[k].stages))
-    return pd.DataFrame({k: v.numpy() if isinstance(v, Tensor) else v for k,v in cols.items()})
+    return pd.DataFrame(cols)
 
 def _broken_by(stage, names):
-    "Names instead of numbers: the attack, 'natural' for images that are wrong without any, '' for those that none broke"
+    "Names instead of numbers: the attack, 'natural' if it took none, '' where none did it"
     words = {-1: 'natural', -2: ''} | dict(enumerate(names))
     return [words[i] for i in stage.tolist()]
 
@@ -180,35 +192,39 @@ def text(self:Evaluation) -> str:
     "The table and all that belongs to it, as Markdown"
     return evaluation_text(self.record())
 
-# %% ../../nbs/evaluation/record.ipynb #20ec9b9d
+# %% ../../nbs/evaluation/record.ipynb #5276ead6
 @patch
 def record(self:Evaluation) -> dict:
     "Everything but the images, as plain values of its own"
-    return dict(version=2, n=self.n, seconds=self.seconds, figures=dict(self.figures), rows=[asdict(r) for r in self.rows],
-                topology={k: dict(v) for k,v in self.topology.items()}, notes=list(self.notes), settings=dict(self.settings))
+    plain = dict(version=2, n=self.n, seconds=self.seconds, figures=self.figures, rows=[asdict(r) for r in self.rows],
+                 topology=self.topology, notes=self.notes, settings=self.settings)
+    return copy.deepcopy(plain)
 
 @patch
 def save(self:Evaluation, out):
     "Write `evaluation.json` (with versions and hardware), `evaluation.md` and `per_image.csv`"
     files = {k: c['files'] for k,c in self.columns.items()}
-    save_json(Path(out)/'evaluation.json', dict(self.record(), files=files, environment=environment(self.settings['device'])))
+    record = dict(self.record(), files=files, environment=environment(self.settings['device']))
+    save_json(Path(out)/'evaluation.json', record)
     save_text(Path(out)/'evaluation.md', self.text())
     save_text(Path(out)/'per_image.csv', self.per_image.to_csv(index=False))
 
-# %% ../../nbs/evaluation/record.ipynb #fa9503df
+# %% ../../nbs/evaluation/record.ipynb #c761a008
 def read_record(
     record:dict # Of `Evaluation.record`, by this version or by 0.1
 ) -> dict:
     "A record in today's form"
     version = record.get('version', 1)
-    if version > 2: raise ValueError(f'The record has the form {version}, which is newer than this version of fastrain: install a newer one')
     if version == 2: return record
+    if version > 2: raise ValueError(f'A record of version {version}, made by a newer fastrain: install that')
     rows = [_read_row(r) for r in record.get('table') or _bare_rows(record)]
     figures = {r['name']: r['accuracy'] for r in rows if r['kind'] != 'stage'}
     figures |= {k: record[k] for k in Measure.registry if k in record}
-    rest = {k: record[k] for k in ('epoch', 'files', 'environment') if k in record}
-    return dict(version=2, n=record.get('n'), seconds=record.get('seconds'), figures=figures, rows=rows, topology=record.get('topology', {}),
-                notes=record.get('notes', []), settings=record.get('settings', {}), **rest)
+    new = dict(version=2, n=record.get('n'), seconds=record.get('seconds'), figures=figures, rows=rows)
+    rest = dict(topology={}, notes=[], settings={}) | {k: v for k,v in record.items() if k in _KEPT}
+    return new | rest
+
+_KEPT = ('topology', 'notes', 'settings', 'epoch', 'files', 'environment')
 
 def _bare_rows(record):
     "The rows of a record without a table: its accuracies"
@@ -216,24 +232,29 @@ def _bare_rows(record):
     n = record.get('n')
     for name,share in record.items():
         if name in others or not isinstance(share, (int, float)): continue
-        hits = None if n is None else round(share*n)
-        low,high = (None, None) if n is None else wilson(hits, n)
-        yield dict(attack=name, accuracy=share, low=low, high=high, hits=hits, n=n)
+        row = dict(attack=name, accuracy=share)
+        if n:
+            row |= dict(n=n, hits=round(share*n))
+            row['low'],row['high'] = wilson(row['hits'], n)
+        yield row
 
 def _read_row(row):
     "A row of 0.1, whose kind, title, size and norm are in its name and in the settings of its attack"
     name = row['attack']
     attack,_,stage = name.partition(' after ')
     known = own_attack(attack, None)
-    kind = 'stage' if stage else 'natural' if name == 'natural' else 'worst case' if attack.startswith('worst case') else 'attack'
-    title,base = (f'{a} after {b}' if stage else a for a,b in ((known.title, own_attack(stage, None).title), (known.base, stage)))
+    kind,title,base = 'attack',known.title,known.base
+    if stage: kind,title,base = 'stage',_after(title, own_attack(stage, None).title),_after(base, stage)
+    elif name == 'natural': kind = 'natural'
+    elif base == 'worst case': kind = base
     norm = re.search(r"norm='(\w+)'", row.get('settings') or '')
-    kept = {k: row.get(k) for k in ('accuracy', 'low', 'high', 'hits', 'n', 'eps', 'alpha', 'steps', 'settings', 'seconds')}
-    return asdict(Row(name, title, kind, base, known.size, **kept, norm=norm and norm[1]))
+    kept = {f.name: row.get(f.name) for f in fields(Row) if f.name not in ('name', 'title', 'kind', 'base', 'size', 'norm')}
+    return asdict(Row(name, title, kind, base, known.size, norm=norm and norm[1], **kept))
 
-# %% ../../nbs/evaluation/record.ipynb #5772b9b4
+# %% ../../nbs/evaluation/record.ipynb #b7e79835
 def read_evaluation(out) -> dict:
     "The record that `evaluate` wrote into a folder, with `files` and `environment`"
     file = Path(out)/'evaluation.json'
-    if not file.is_file(): raise FileNotFoundError(f'{out} has no evaluation.json: evaluate with out={str(out)!r} first')
+    if not file.is_file():
+        raise FileNotFoundError(f'{out} has no evaluation.json: evaluate with out={str(out)!r} first')
     return read_record(json.loads(file.read_text()))

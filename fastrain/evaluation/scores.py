@@ -30,7 +30,7 @@ def wilson(
     interval = binomtest(int(hits), int(n)).proportion_ci(confidence, method='wilson')
     return float(interval.low),float(interval.high)
 
-# %% ../../nbs/evaluation/scores.ipynb #ebcda010
+# %% ../../nbs/evaluation/scores.ipynb #a28d94bf
 def mcnemar(
     a, # (N,) is the first model right?
     b # (N,) is the second one right, on the same images?
@@ -38,13 +38,14 @@ def mcnemar(
     "Paired comparison of two models on the same images"
     a,b = (torch.as_tensor(o).bool() for o in (a, b))
     if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f'{tuple(a.shape)} and {tuple(b.shape)} results: a paired comparison needs those of the same images')
+        shapes = f'{tuple(a.shape)} and {tuple(b.shape)}'
+        raise ValueError(f'{shapes} results: a paired comparison needs those of the same images')
     first = int((a & ~b).sum())
     second = int((b & ~a).sum())
     p_value = float(binomtest(first, first + second, .5).pvalue) if first + second else 1.
     return dict(only_first=first, only_second=second, p_value=p_value)
 
-# %% ../../nbs/evaluation/scores.ipynb #26e7fa79
+# %% ../../nbs/evaluation/scores.ipynb #440c92a5
 def mean_spread(
     df:pd.DataFrame, # A row per seed
     by # Columns that tell what is compared
@@ -52,17 +53,18 @@ def mean_spread(
     "Means over seeds, with their spread"
     by = [by] if isinstance(by, str) else list(by)
     groups = df.groupby(by, sort=False)
-    numbers = [c for c in df.columns if c not in by and pd.api.types.is_numeric_dtype(df[c])]
-    mean,std = groups[numbers].mean(),groups[numbers].std()
-    text = {c: [_with_spread(m, s) for m,s in zip(mean[c], std[c])] for c in numbers}
-    return pd.DataFrame(text, index=mean.index).assign(seeds=groups.size())
+    numbers = df.drop(columns=by).select_dtypes(['number', 'bool']).columns
+    mean,std = groups[list(numbers)].mean(),groups[list(numbers)].std()
+    text = pd.DataFrame(index=mean.index)
+    for c in numbers: text[c] = list(map(_with_spread, mean[c], std[c]))
+    return text.assign(seeds=groups.size())
 
 def _with_spread(mean, std):
     "No spread of one seed, and nothing where there is no figure"
     if math.isnan(mean): return ''
     return f'{mean:.2f}' if math.isnan(std) else f'{mean:.2f} ± {std:.2f}'
 
-# %% ../../nbs/evaluation/scores.ipynb #6a870fd5
+# %% ../../nbs/evaluation/scores.ipynb #3898576c
 def nearest_labels(
     support:Tensor, # (S,D) features
     support_labels:Tensor, # (S,) classes
@@ -81,7 +83,8 @@ def _check_search(support, labels, queries, k):
     if not len(queries) or not len(support):
         raise ValueError(f'{len(support)} supports and {len(queries)} queries: expected at least one of each')
     if support.shape[1:] != queries.shape[1:] or support.ndim != 2:
-        raise ValueError(f'Features of shape {tuple(support.shape)} and {tuple(queries.shape)}: expected (S,D) and (Q,D) of the same model')
+        raise ValueError(f'Features of shape {tuple(support.shape)} and {tuple(queries.shape)}: '
+                         'expected (S,D) and (Q,D) of the same model')
     if len(labels) != len(support): raise ValueError(f'{len(labels)} labels for {len(support)} supports')
     if not 1 <= k <= len(support): raise ValueError(f'k={k}: expected 1 to {len(support)}, the number of supports')
     for name,f in (('support', support), ('query', queries)):
@@ -106,7 +109,7 @@ def topology_score(
         if k in ks: scores[k] = (votes.argmax(1) == labels).float().mean().item()
     return {k: scores[k] for k in ks}
 
-# %% ../../nbs/evaluation/scores.ipynb #4a58920f
+# %% ../../nbs/evaluation/scores.ipynb #3f32d846
 def l_tp_score(
     std_features:Tensor, # (N,D) of the standard model on natural images
     adv_features:Tensor, # (N,D') of the model on adversarial images
@@ -116,17 +119,19 @@ def l_tp_score(
     "Mean L_TP over full batches of shuffled test images"
     from fastrain.pieces.relations import topology_loss # here, so that who measures accuracies alone needs no pieces
     n = len(std_features)
-    if n != len(adv_features): raise ValueError(f'{n} and {len(adv_features)} features: expected those of the same images')
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(std_features.device)
-    batches = order.split(min(bs, n))
-    losses = [topology_loss(std_features[i], adv_features[i]).item() for i in batches if len(i) == len(batches[0])]
+    if n != len(adv_features):
+        raise ValueError(f'{n} and {len(adv_features)} features: expected those of the same images')
+    shuffle = torch.Generator().manual_seed(seed)
+    batches = torch.randperm(n, generator=shuffle).to(std_features.device).split(min(bs, n))
+    full = [i for i in batches if len(i) == len(batches[0])]
+    losses = [topology_loss(std_features[i], adv_features[i]).item() for i in full]
     return sum(losses)/len(losses)
 
-# %% ../../nbs/evaluation/scores.ipynb #e6c55793
+# %% ../../nbs/evaluation/scores.ipynb #a7a4dd75
 @dataclass(frozen=True)
 class Evidence:
     "What measures are computed from"
-    columns:dict # `{attack: columns over the images}`: 'y', 'pred', 'margin', ..., and 'features' of 'natural' and of `on`
+    columns:dict # `{attack: columns over the images}`: 'y', 'pred', 'margin', ..., and some 'features'
     on:str # Name of the attack whose images are the adversarial ones
     standard:dict=None # Columns of the standard model on natural images, if there is one
     support:dict=None # 'features' and 'y' of training images, natural and attacked, if a measure needs them
@@ -139,8 +144,8 @@ class Evidence:
         if self.support is None: return {}
         features,labels = self.support['features'],self.support['y']
         ks = [k for k in self.ks if k <= len(labels)] or list(self.ks)[:1]
-        queries = dict(natural=self.columns['natural'], robust=self.columns[self.on])
-        return {name: topology_score(features, labels, q['features'], q['y'], ks) for name,q in queries.items()}
+        def score(queries): return topology_score(features, labels, queries['features'], queries['y'], ks)
+        return dict(natural=score(self.columns['natural']), robust=score(self.columns[self.on]))
 
 class Measure(Registered):
     "A figure that is no accuracy under an attack. A subclass with a `key` is found by it wherever attacks are named"
@@ -165,9 +170,9 @@ class Measure(Registered):
         unknown.title,unknown.format = key,'.4g'
         return unknown
 
-# %% ../../nbs/evaluation/scores.ipynb #29f427e3
+# %% ../../nbs/evaluation/scores.ipynb #fd1ce457
 class NaturalTopology(Measure):
-    "The topology score of natural images; the figure is that of k = 30, as in the paper, or the largest k that there is"
+    "The topology score of natural images for k = 30, as in the paper, or the largest k that there is"
     key,title,unit,format = 'topology_natural','natural topology','%','.2f'
     group,needs = 'topology',('features', 'support')
     queries = 'natural'
@@ -181,9 +186,10 @@ class RobustTopology(NaturalTopology):
     key,title,queries = 'topology_robust','robust topology','robust'
 
 class TopologyPreservation(Measure):
-    "L_TP between the standard model on natural images and the model on adversarial ones; measured whenever there is a standard model"
+    "L_TP between the standard model on natural and the model on adversarial images; measured whenever there is the former"
     key,title,format = 'l_tp','L_TP','.3f'
     needs = ('features', 'standard')
 
     def measure(self, evidence):
-        return l_tp_score(evidence.standard['features'], evidence.columns[evidence.on]['features'], evidence.bs)
+        attacked = evidence.columns[evidence.on]
+        return l_tp_score(evidence.standard['features'], attacked['features'], evidence.bs)

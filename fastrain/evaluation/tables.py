@@ -11,7 +11,7 @@ import pandas as pd
 
 from .scores import Measure
 
-# %% ../../nbs/evaluation/tables.ipynb #03317d2e
+# %% ../../nbs/evaluation/tables.ipynb #e280f8f6
 def results_table(
     results:list, # Records of `results.json`
     which:str='last' # Checkpoint: 'last' or 'best'
@@ -19,78 +19,95 @@ def results_table(
     "A row per method: accuracies and other figures, seconds of training per epoch"
     rows = []
     for r in results:
-        approximate = ' (approximate)' if r.get('approximate') else ''
-        rows.append(_method_row(r['method'] + approximate, r, r[which]))
-        if which == 'last' and 'average' in r: rows.append(_method_row(f'{r["method"]}, averaged weights', r, r['average']))
+        name = r['method']
+        rows.append(_method_row(f'{name} (approximate)' if r.get('approximate') else name, r, r[which]))
+        if which == 'last' and 'average' in r:
+            rows.append(_method_row(f'{name}, averaged weights', r, r['average']))
     table = pd.DataFrame(rows).set_index('method').fillna('')
     return table[sorted(table.columns, key=_place_of_column)]
 
 def _method_row(name, result, record):
-    seconds = result.get('seconds_per_epoch')
-    return dict(method=name, **accuracy_texts(record), **measure_texts(record),
-                **{'s/epoch': '' if seconds is None else f'{seconds:.1f}', 'epoch': record.get('epoch', '')})
+    row = dict(method=name) | accuracy_texts(record) | measure_texts(record)
+    row['s/epoch'] = _number(result.get('seconds_per_epoch'), '.1f')
+    row['epoch'] = record.get('epoch', '')
+    return row
 
 def _place_of_column(title):
-    "Attacks first, then measures in their order, then the rest; a figure that the first method lacks is no reason to come last"
-    measures = [m().title for m in Measure.registry.values()]
-    if title in ('s/epoch', 'epoch'): return len(measures) + 1
-    return measures.index(title) + 1 if title in measures else 0
+    "Attacks, measures in their order, the rest; also where the first method lacks one"
+    measures = [m.title for m in Measure.registry.values()]
+    if title in measures: return measures.index(title) + 1
+    return len(measures) + 1 if title in ('s/epoch', 'epoch') else 0
 
-# %% ../../nbs/evaluation/tables.ipynb #66f19a2e
+def _number(value, form): return '' if value is None else format(value, form)
+
+# %% ../../nbs/evaluation/tables.ipynb #853b8d46
 def accuracy_texts(record:dict) -> dict: # `{title: per cent}`
     "Accuracies under attacks and in worst cases; stages of an attack are left out"
-    return {r['title']: f'{100*r["accuracy"]:.2f}' for r in record['rows'] if r['kind'] != 'stage'}
+    rows = [r for r in record['rows'] if r['kind'] != 'stage']
+    return {r['title']: _percent(r['accuracy']) for r in rows}
 
 def measure_texts(record:dict, units:bool=False) -> dict: # `{title: text}`
     "Figures that are no accuracies, in the order of the registry"
     accuracies = {r['name'] for r in record['rows']}
-    order = list(Measure.registry)
+    order = [*Measure.registry, *record['figures']]
     texts = {}
-    for key in sorted(record['figures'], key=lambda k: order.index(k) if k in order else len(order)):
+    for key in sorted(record['figures'], key=order.index):
         if key in accuracies: continue
         m = Measure.of(key)
-        texts[m.title or key] = m.text(record['figures'][key]) + f' {m.unit}'*bool(units and m.unit)
+        text = m.text(record['figures'][key])
+        texts[m.title or key] = f'{text} {m.unit}' if units and m.unit else text
     return texts
 
-# %% ../../nbs/evaluation/tables.ipynb #dbe71763
+def _percent(share, digits=2): return f'{100*share:.{digits}f}'
+
+# %% ../../nbs/evaluation/tables.ipynb #9ee2e62a
 def attack_table(record:dict) -> pd.DataFrame:
     "A row per attack, from an evaluation's record"
-    return pd.DataFrame([_attack_row(r, record['settings']) for r in record['rows']]).set_index('attack')
+    rows = [_attack_row(r, record['settings']) for r in record['rows']]
+    return pd.DataFrame(rows).set_index('attack')
 
 def _attack_row(r, settings):
-    interval = f'{100*r["low"]:.1f} to {100*r["high"]:.1f}'
-    return {'attack': r['title'], 'accuracy, %': f'{100*r["accuracy"]:.2f}', '95 % interval': interval, 'n': r['n'],
-            'ε': _number(r.get('eps'), '.4g'), 'step': _number(r.get('alpha'), '.3g'), 'steps': _number(r.get('steps'), 'd'),
-            'seed': settings['seed'], 'precision': settings['precision'], 's': _number(r.get('seconds'), '.1f')}
-
-def _number(value, form): return '' if value is None else format(value, form)
+    return {
+        'attack': r['title'],
+        'accuracy, %': _percent(r['accuracy']),
+        '95 % interval': f'{_percent(r["low"], 1)} to {_percent(r["high"], 1)}',
+        'n': r['n'],
+        'ε': _number(r.get('eps'), '.4g'),
+        'step': _number(r.get('alpha'), '.3g'),
+        'steps': _number(r.get('steps'), 'd'),
+        'seed': settings['seed'],
+        'precision': settings['precision'],
+        's': _number(r.get('seconds'), '.1f')}
 
 def topology_table(record:dict) -> pd.DataFrame:
     "Topology scores in %, a column per number of neighbours"
-    table = pd.DataFrame(record['topology']).T # a row for natural, one for robust
-    table = (100*table).map('{:.2f}'.format).add_prefix('k = ')
-    return table.rename_axis('topology score, %')
+    table = pd.DataFrame(record['topology']).T # a row for natural, one for robust images
+    return table.map(_percent).add_prefix('k = ').rename_axis('topology score, %')
 
-# %% ../../nbs/evaluation/tables.ipynb #83f5ad61
+# %% ../../nbs/evaluation/tables.ipynb #47c3876b
 def markdown_table(df:pd.DataFrame) -> str:
     "A data frame as Markdown"
     header = [df.index.name or '', *df.columns]
-    body = [[i, *row] for i,row in zip(df.index, df.values)]
-    return '\n'.join(map(_markdown_line, [header, ['---']*len(header), *body]))
+    lines = [_markdown_line(header), _markdown_line(['---']*len(header))]
+    for name,row in zip(df.index, df.values): lines.append(_markdown_line([name, *row]))
+    return '\n'.join(lines)
 
 def _markdown_line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
 
 def evaluation_text(record:dict) -> str:
     "An evaluation as Markdown"
-    settings = record['settings']
-    about = f'{record["n"]} images ({settings["subset"]}), in eval mode.'
-    measures = ', '.join(f'{title} {text}' for title,text in measure_texts(record, units=True).items())
-    if measures: about += f' {measures}; adversarial images are those of {_title_of(record, settings["l_tp_attack"])}.'
-    parts = [markdown_table(attack_table(record)), about]
+    parts = [markdown_table(attack_table(record)), _about(record)]
     if record['topology']: parts.append(markdown_table(topology_table(record)))
-    parts.append('\n'.join(['Notes:', '', *(f'- {n}' for n in record['notes'])]) if record['notes'] else 'Notes: nothing looked wrong.')
+    notes = [f'- {n}' for n in record['notes']]
+    parts.append('\n'.join(['Notes:', '', *notes]) if notes else 'Notes: nothing looked wrong.')
     return '\n\n'.join(parts) + '\n'
 
-def _title_of(record, name):
-    "The title of the attack that is called so"
-    return next((r['title'] for r in record['rows'] if r['name'] == name), name)
+def _about(record):
+    "How many images, and the measures"
+    settings = record['settings']
+    text = f'{record["n"]} images ({settings["subset"]}), in eval mode.'
+    measures = [f'{title} {value}' for title,value in measure_texts(record, units=True).items()]
+    if not measures: return text
+    on = settings['l_tp_attack']
+    title = next((r['title'] for r in record['rows'] if r['name'] == on), on)
+    return f'{text} Measures, with the images of {title} as adversarial ones: {", ".join(measures)}.'
