@@ -34,7 +34,7 @@ _pgd_conventions = {
     'las': PGDConvention(WhileRight, .25, 'uniform'),
     'fat': PGDConvention(PGD, .25, 'uniform')}
 
-# %% ../../nbs/attacks/named.ipynb #8cd56c38
+# %% ../../nbs/attacks/named.ipynb #42967ee4
 class AttackKind(Registered):
     "Attacks that have a name, which begins with `key`. A subclass is found by it wherever attacks are named"
     title = None # As papers print it; None: the key
@@ -42,9 +42,9 @@ class AttackKind(Registered):
     conventions = {} # Words that may follow after a dash, as in 'pgd20-las', with what they mean
 
     def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
         if set(cls.key or '') & set('+@, '):
             raise ValueError(f'The key {cls.key!r} of {cls.__name__}: + @ , and spaces have a meaning in the names of attacks')
+        super().__init_subclass__(**kwargs)
 
     def make(self, *, eps, alpha, norm, steps, convention, seed):
         "The attack `(model, x, y) → images`, or None for natural images"
