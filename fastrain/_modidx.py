@@ -1085,8 +1085,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'fastrain/training/metrics.py'),
                                            'fastrain.training.metrics.RobustAccuracy._forget': ( 'training/metrics.html#robustaccuracy._forget',
                                                                                                  'fastrain/training/metrics.py'),
-                                           'fastrain.training.metrics.RobustAccuracy._logits_after_attack': ( 'training/metrics.html#robustaccuracy._logits_after_attack',
-                                                                                                              'fastrain/training/metrics.py'),
                                            'fastrain.training.metrics.RobustAccuracy._mask': ( 'training/metrics.html#robustaccuracy._mask',
                                                                                                'fastrain/training/metrics.py'),
                                            'fastrain.training.metrics.RobustAccuracy._waiting': ( 'training/metrics.html#robustaccuracy._waiting',

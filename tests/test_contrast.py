@@ -97,7 +97,9 @@ def test_nce_is_finite_at_the_ends_of_the_scores():
             assert loss.item() == pytest.approx(nce_loss(log_s.double(), 16384/5e4).item(), rel=1e-4)
 
 def test_both_ways_to_the_scores():
-    e,bank,places = torch.randn(5, 6, dtype=torch.float64, requires_grad=True),torch.randn(40, 6, dtype=torch.float64),torch.randint(40, (5, 9))
+    e = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    bank = torch.randn(40, 6, dtype=torch.float64)
+    places = torch.randint(40, (5, 9))
     a,b = _bank_dots(e, bank, places),_bank_dots(e, bank, places, dense=0)
     torch.testing.assert_close(a, b)
     assert a[2,3].item() == pytest.approx((e[2]*bank[places[2,3]]).sum().item())
@@ -208,7 +210,8 @@ def test_zero_features_are_finite():
     loss = crd(v.seen(adv=Output(None, f)))
     assert loss.isfinite() and torch.autograd.grad(loss, f)[0].isfinite().all() and all(b.isfinite().all() for b in crd._banks)
 
-@pytest.mark.parametrize('bad, match', [(dict(k=0), 'k=0'), (dict(k=2.5), 'k=2.5'), (dict(dim=0), 'dim=0'), (dict(T=0), 'T=0'), (dict(momentum=1), 'momentum=1'),
+@pytest.mark.parametrize('bad, match', [(dict(k=0), 'k=0'), (dict(k=2.5), 'k=2.5'), (dict(dim=0), 'dim=0'), (dict(T=0), 'T=0'),
+                                        (dict(momentum=1), 'momentum=1'),
                                         (dict(momentum=-.1), 'momentum=-0.1'), (dict(weight=-1), 'weight=-1')])
 def test_bad_settings(bad, match):
     with pytest.raises(ValueError, match=match): CRD(**bad)
@@ -223,7 +226,8 @@ def test_registered():
 def fit(relation, robust=AT, std=None, n_epoch=1, lr=3e-3, cbs=(), attack=None, n=64, lam=5., **kwargs):
     seed_all(0)
     dls = get_dls('digits', bs=16, n_train=n, n_test=24, device='cpu', **kwargs)
-    learn = make_learner(dls, net(1, width=6), [TRAINCallback(net(2) if std is None else std, robust=robust(), relation=relation, attack=attack or quick(), lam=lam), *cbs])
+    cb = TRAINCallback(net(2) if std is None else std, robust=robust(), relation=relation, attack=attack or quick(), lam=lam)
+    learn = make_learner(dls, net(1, width=6), [cb, *cbs])
     seed_all(0)
     return quietly(learn, n_epoch, lr)
 
@@ -276,7 +280,8 @@ def test_each_row_once_per_epoch_and_never_by_the_attack():
     def look(learn):
         if learn.training: calls.append((copy.deepcopy(crd._banks), learn.dl.idxs.clone()))
     start = []
-    learn = fit(crd, attack=Watch(.1, .05, 5), cbs=[Call('before_train', lambda l: start.append(copy.deepcopy(crd._banks))), Call('after_loss', look, 7)])
+    learn = fit(crd, attack=Watch(.1, .05, 5), cbs=[Call('before_train', lambda l: start.append(copy.deepcopy(crd._banks))),
+                                                    Call('after_loss', look, 7)])
     assert attacks == [True]*4 and len(calls) == 4
     before = start[0]
     for banks,idx in calls:
@@ -334,7 +339,7 @@ def test_images_that_are_opened_as_needed(tmp_path):
 
 def with_crd(): return TRAINCallback(net(2, drop=.2), relation=[small(), Topology()], attack=quick())
 
-@pytest.mark.parametrize('stops', [(0,), (1, 2)])
+@pytest.mark.parametrize('stops', [(1, 2), pytest.param((0,), marks=pytest.mark.slow)])
 def test_resumed(tmp_path, stops):
     whole,parts = check(tmp_path, with_crd, stops=stops)
     a,b = (l.train_cb.relations[0].state_dict() for l in (whole, parts))

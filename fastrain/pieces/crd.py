@@ -66,10 +66,11 @@ class _OtherClasses:
 def _train_labels(dl) -> Tensor: # (n,)
     "Classes of the training set in the order of its places"
     if not hasattr(dl, 'idxs') or getattr(dl, 'rows', None) is None:
-        raise ValueError(f'CRD remembers an embedding of every training image, but {type(dl).__name__} does not tell which images a batch holds: '
-                         'use the loaders of get_dls or pixel_dls')
+        raise ValueError(f'CRD remembers an embedding of every training image, but {type(dl).__name__} does not tell '
+                         'which images a batch holds: use the loaders of get_dls or pixel_dls')
     return dl.images.y[dl.rows]
 
+# %% ../../nbs/pieces/crd.ipynb #583d0698
 class CRD(Relation):
     "Contrastive representation distillation from M(x), a constant, to M'(x')"
     key,term,paper = 'crd','crd','Tian, Krishnan & Isola, ICLR 2020; weight as in RepDistiller'

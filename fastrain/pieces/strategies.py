@@ -31,11 +31,12 @@ class Strategy(Piece, Registered):
 class FAT(Strategy):
     "Friendly adversarial training: an image stops when it is found misclassified for the (τ+1)-th time"
     key,paper = 'fat','Zhang et al., ICML 2020'
-    published = dict(at=((50,90), 120, .001), trades=((30,50,70), 85, 0.), mart=((20,40,60,80), 90, 0.)) # breaks, of and noise by the robust loss
+    published = dict( # breaks, of and noise by the robust loss
+        at=((50,90), 120, .001), trades=((30,50,70), 85, 0.), mart=((20,40,60,80), 90, 0.))
     def __init__(self,
         breaks:tuple=None, # Full epochs after which τ grows by one, from 0; None: as published. `()` keeps τ = 0, and `(0,)*k` keeps τ = k
-        of:int=None, # Length of the training that `breaks` count in; None: as published, and with breaks of your own the epochs of this training
-        noise:float=None # ω, standard deviation of the noise on each step, in units of the images; None: as published, 0.001 with AT, else 0
+        of:int=None, # Length of the training that `breaks` count in; None: as published, or with breaks of your own, of this one
+        noise:float=None # ω, standard deviation of the noise on each step, in units of the images; None: as published, 0.001 (at) or 0
     ):
         if breaks is not None and not (isinstance(breaks, (tuple, list)) and all(b >= 0 for b in breaks)):
             raise ValueError(f'breaks={breaks!r}: expected full epochs ≥ 0 such as (50,90)')
@@ -70,7 +71,8 @@ class FAT(Strategy):
 class SAT(Strategy):
     "Curriculum on difficulty: an image stops once its softmax gap exceeds a threshold that grows during training"
     key,paper = 'sat','Sitawarin et al., AISec 2021'
-    approximate = 'thresholds and schedule are those of the authors\' example for CIFAR-10; those behind the published results are not known'
+    approximate = ("thresholds and schedule are those of the authors' example for CIFAR-10; "
+                   'those behind the published results are not known')
     published = dict(linear=(30, 70), steps=(40, 80)) # first and last by the shape
     def __init__(self,
         start:float=0., # Threshold of the softmax gap at first, in [-1,1]; 0 is the decision boundary, and with 1 no image ever stops

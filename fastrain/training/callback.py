@@ -26,7 +26,7 @@ from ..pieces.losses import AT, RobustLoss
 from ..pieces.relations import Relation, Topology
 from ..pieces.strategies import Strategy
 from ..pieces.weights import Averaging, Perturbation
-from .metrics import Column, history
+from .metrics import Column, history # whoever has the callback wants to see what it recorded
 from .objective import Objective
 from .preconditions import check_classes, check_data, check_pieces, check_terms
 from .schedules import as_lambda

@@ -25,7 +25,9 @@ from .preconditions import check_pieces
 from .standard import StandardPolicy
 
 # %% ../../nbs/training/methods.ipynb #3ba87236
-piece_families = dict(robust=RobustLoss, strategy=Strategy, relations=Relation, policy=StandardPolicy, perturb=Perturbation, average=Averaging)
+piece_families = dict(
+    robust=RobustLoss, strategy=Strategy, relations=Relation,
+    policy=StandardPolicy, perturb=Perturbation, average=Averaging)
 _about = dict(
     robust='robust losses: the loss of M\' and the adversary it was made for. One per method; at if none is named',
     strategy='strategies of the adversary: how hard each image is attacked. '
@@ -53,7 +55,7 @@ table_rows = {
 
 # %% ../../nbs/training/methods.ipynb #dbee14b5
 _plain_signs = str.maketrans({'′': "'", '’': "'", '∗': '*', 'β': 'beta'})
-_of_the_printer = re.compile(r'[\s$\\{}^]|\[[^\]]*\]|(?i:vanilla)') # blanks, TeX, numbers of references; all adversarial training is 'vanilla'
+_of_the_printer = re.compile(r'[\s$\\{}^]|\[[^\]]*\]|(?i:vanilla)') # blanks, TeX, numbers of references, an idle word
 _in_brackets = re.compile(r'\((\w+=[^)]*)\)')
 
 def canonical(
@@ -103,8 +105,37 @@ class Method:
 
     def callback_args(self) -> dict:
         "The pieces as arguments of a `TRAINCallback`: copies, as pieces have a state that is of one training"
-        args = dict(robust=self.robust, strategy=self.strategy, relation=self.relations or False, perturb=self.perturb, average=self.average)
-        return copy.deepcopy(args)
+        return copy.deepcopy(dict(robust=self.robust, strategy=self.strategy, relation=self.relations or False,
+                                  perturb=self.perturb, average=self.average))
+
+# %% ../../nbs/training/methods.ipynb #24805d8e
+def _arguments(text, piece) -> dict:
+    "Arguments for `piece` as they were typed, such as 'beta=3,weight=none'"
+    names = {n.lower(): n for n in _parameter_names(piece)}
+    args = {}
+    for pair in re.split(r',(?![^()]*\))', text): # not at the commas of a tuple
+        if not pair: continue
+        name,_,value = pair.partition('=')
+        if not (name and value): raise ValueError('write parameters as name=value, for example trades:beta=3')
+        if name.lower() not in names:
+            raise ValueError(f'{piece.key} has no parameter {name.lower()!r}; it has {", ".join(names.values()) or "none"}')
+        args[names[name.lower()]] = _value(value)
+    return args
+
+def _parameter_names(piece) -> list:
+    "Names of the constructor's arguments, those passed on to its base included"
+    if piece.__init__ is object.__init__: return []
+    params = inspect.signature(piece.__init__).parameters.values()
+    own = [p.name for p in params if p.kind is not p.VAR_KEYWORD and p.name not in ('self', 'standard')]
+    if not any(p.kind is p.VAR_KEYWORD for p in params): return own
+    return own + [n for n in _parameter_names(piece.__mro__[1]) if n not in own]
+
+def _value(text):
+    if text.lower() in ('true', 'false', 'none'): text = text.capitalize()
+    for read in (ast.literal_eval, float): # float for inf
+        try: return read(text)
+        except (ValueError, SyntaxError): pass
+    return text
 
 # %% ../../nbs/training/methods.ipynb #b68463f9
 def parse_method(
@@ -151,35 +182,6 @@ def _check_method(m):
     check_pieces(m.robust, m.strategy, m.relations, m.needs_standard, m.policy is not None and not m.policy.trains)
     if m.policy and not m.needs_standard:
         raise ValueError(f'{m.policy.key} is about the standard model, but no piece here needs one: add a relation term such as train')
-
-# %% ../../nbs/training/methods.ipynb #24805d8e
-def _arguments(text, piece) -> dict:
-    "Arguments for `piece` as they were typed, such as 'beta=3,weight=none'"
-    names = {n.lower(): n for n in _parameter_names(piece)}
-    args = {}
-    for pair in re.split(r',(?![^()]*\))', text): # not at the commas of a tuple
-        if not pair: continue
-        name,_,value = pair.partition('=')
-        if not (name and value): raise ValueError('write parameters as name=value, for example trades:beta=3')
-        if name.lower() not in names:
-            raise ValueError(f'{piece.key} has no parameter {name.lower()!r}; it has {", ".join(names.values()) or "none"}')
-        args[names[name.lower()]] = _value(value)
-    return args
-
-def _parameter_names(piece) -> list:
-    "Names of the constructor's arguments, those passed on to its base included"
-    if piece.__init__ is object.__init__: return []
-    params = inspect.signature(piece.__init__).parameters.values()
-    own = [p.name for p in params if p.kind is not p.VAR_KEYWORD and p.name not in ('self', 'standard')]
-    if not any(p.kind is p.VAR_KEYWORD for p in params): return own
-    return own + [n for n in _parameter_names(piece.__mro__[1]) if n not in own]
-
-def _value(text):
-    if text.lower() in ('true', 'false', 'none'): text = text.capitalize()
-    for read in (ast.literal_eval, float): # float for inf
-        try: return read(text)
-        except (ValueError, SyntaxError): pass
-    return text
 
 # %% ../../nbs/training/methods.ipynb #2b6c8ea8
 def list_pieces() -> list: # A dictionary per piece: family, key, doc, parameters (`{name: (default, meaning)}`), paper, approximate

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from fastai.learner import Metric
 from fastai.torch_core import get_model
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..attacks.pgd import PGD
@@ -31,6 +32,12 @@ class RobustAccuracy(Metric):
     @property
     def name(self): return self._name
 
+    @property
+    def value(self):
+        if self._waiting(): self._attack()
+        self._forget()
+        return self.hits/self.count if self.count else None
+
     def reset(self):
         self.hits = self.count = 0 # of images attacked so far
         self.seen,self.chosen = 0,None # images that came by, and which of all are to be attacked
@@ -46,35 +53,31 @@ class RobustAccuracy(Metric):
         self._queue.append((x[mask].as_subclass(Tensor), y[mask].as_subclass(Tensor)))
         if self._waiting() >= len(y): self._attack() # whole batches, however few of each are chosen
 
-    def _mask(self, learn, bs):
-        "Which images of the next batch are to be attacked"
-        if self.n is None: return torch.ones(bs, dtype=torch.bool)
-        if self.chosen is None: self.chosen = self._choose(len(learn.dl.dataset))
-        return self.chosen[self.seen:self.seen + bs]
-
-    def _choose(self, total):
-        chosen = torch.zeros(total, dtype=torch.bool)
-        chosen[torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:self.n]] = True
-        return chosen
-
     def _waiting(self): return sum(len(y) for _,y in self._queue)
 
-    def _attack(self):
-        x,y = map(torch.cat, zip(*self._queue))
-        self._queue = []
-        with fork_rng(self.seed + self.count), eval_mode(self._model): z = self._logits_after_attack(x, y)
-        self.hits += (z.argmax(1) == y).sum().item()
-        self.count += len(y)
+# %% ../../nbs/training/metrics.ipynb #ce4cff17
+@patch
+def _mask(self:RobustAccuracy, learn, bs):
+    "Which images of the next batch are to be attacked"
+    if self.n is None: return torch.ones(bs, dtype=torch.bool)
+    if self.chosen is None: self.chosen = self._choose(len(learn.dl.dataset))
+    return self.chosen[self.seen:self.seen + bs]
 
-    def _logits_after_attack(self, x, y):
+@patch
+def _choose(self:RobustAccuracy, total):
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:self.n]] = True
+    return chosen
+
+@patch
+def _attack(self:RobustAccuracy):
+    x,y = map(torch.cat, zip(*self._queue))
+    self._queue = []
+    with fork_rng(self.seed + self.count), eval_mode(self._model):
         x_adv = self.attack(self._model, x, y)
-        with torch.no_grad(): return upcast(self._model(x_adv))
-
-    @property
-    def value(self):
-        if self._waiting(): self._attack()
-        self._forget()
-        return self.hits/self.count if self.count else None
+        with torch.no_grad(): z = upcast(self._model(x_adv))
+    self.hits += (z.argmax(1) == y).sum().item()
+    self.count += len(y)
 
 # %% ../../nbs/training/metrics.ipynb #0001d5fc
 def history(learn) -> pd.DataFrame: # A row per epoch

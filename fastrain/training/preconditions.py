@@ -24,8 +24,9 @@ def _check_transforms(dl):
     for when in ('after_item', 'after_batch'):
         for tfm in getattr(getattr(dl, when, None), 'fs', []):
             if 'Normalize' in type(tfm).__name__:
-                raise ValueError('There is a Normalize in the data\'s transforms, but attacks work on pixels in [0,1]. Leave it out, and give mean '
-                                 'and std to the layer in front of the backbone: `create_backbone(name, n_classes, mean=..., std=...)`')
+                raise ValueError('There is a Normalize in the data\'s transforms, but attacks work on pixels in [0,1]. Leave it out, '
+                                 'and give mean and std to the layer in front of the backbone: '
+                                 '`create_backbone(name, n_classes, mean=..., std=...)`')
 
 def _check_last_batch(n, bs, drop_last):
     if drop_last:
@@ -63,7 +64,8 @@ def check_pieces(
     check_terms(relations)
     for r in relations:
         if r.joint and frozen:
-            raise ValueError(f'{r} would train the standard model, but its policy keeps it frozen: let it be co-trained, or use detach=True')
+            raise ValueError(f'{r} would train the standard model, but its policy keeps it frozen: '
+                             'let it be co-trained, or use detach=True')
 
 def _check_without_attack(robust, strategy, relations):
     about_adversaries = [p for p in relations if 'adv' in p.needs] + [strategy]*(strategy is not None)
@@ -82,4 +84,5 @@ def check_terms(
     terms = [r.term for r in relations]
     for r in relations:
         if terms.count(r.term) > 1: raise ValueError(f'There are two relation terms {r.term!r}: leave one of them out')
-        if r.term in columns: raise ValueError(f'{r} has the term {r.term!r}, which is another column of the training table: give it another `term`')
+        if r.term in columns:
+            raise ValueError(f'{r} has the term {r.term!r}, which is another column of the training table: give it another `term`')
