@@ -57,13 +57,13 @@ class Batches:
 # %% ../../nbs/evaluation/measure.ipynb #2aec6aa6
 @patch
 def _choose(self:Batches, n, seed):
-    from fastrain.data.sources import pick # here, so that who takes all images needs no data sets
+    from fastrain.data.parts import pick_balanced # here, so that who takes all images needs no data sets
     if iter(self.dl) is self.dl:
         raise ValueError(f'n={n} of an iterator: give something that can be iterated twice, '
                          'such as a list or a DataLoader, for the labels are needed first')
     self.labels = self._labels()
     if n > len(self.labels): raise ValueError(f'n={n}, but there are only {len(self.labels)} images')
-    self.rows = torch.from_numpy(pick(self.labels, n, seed))
+    self.rows = torch.from_numpy(pick_balanced(self.labels, n, seed))
     checksum = zlib.crc32(self.rows.numpy().tobytes())
     self.name = f'balanced-{n}-seed{seed}-{checksum:08x}'
     if isinstance(self.dl, DataLoader): self.dl = self.dl.new(get_idxs=lambda: self.rows.tolist(), n=n)
