@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 from conftest import Call, digit_dls, make_learner, net, quick, quietly, same, snapshot
 from fastrain.attacks.pgd import PGD
-from fastrain.training.callback import TRAINCallback, history
-from fastrain.pieces.crd import CRD, OtherClasses, bank_dots, nce_loss, train_labels
+from fastrain.training.callback import TRAINCallback
+from fastrain.training.metrics import history
+from fastrain.pieces.crd import CRD, _OtherClasses, _bank_dots, _train_labels, nce_loss
 from fastrain.core import get_rng_state, seed_all
 from fastrain.data.sources import get_dls
 from fastrain.pieces.losses import AT, TRADES
-from fastrain.pieces.base import Output, Views
+from fastrain.pieces.base import Output, Training, Views
 from fastrain.pieces.relations import Relation, Topology
 from fastrain.training.standard import Frozen
 from test_resume import build, check, run
@@ -23,10 +24,10 @@ from test_resume import build, check, run
 labels = torch.randint(0, 4, (80,), generator=torch.Generator().manual_seed(0))
 
 def fake(labels=labels, dtype=torch.float64):
-    "What `setup` reads of a callback"
+    "What `setup` reads of a training"
     dl = SimpleNamespace(idxs=None, rows=torch.arange(len(labels)), images=SimpleNamespace(y=labels))
     main,std = net(1, width=1).to(dtype),net(2, width=2).to(dtype)
-    return SimpleNamespace(learn=SimpleNamespace(model=main, dls=SimpleNamespace(train=dl)), policy=SimpleNamespace(model=std))
+    return Training(main, std, dl=dl)
 
 def ready(labels=labels, dtype=torch.float64, **kwargs):
     crd = CRD(**{'k':12, 'dim':6, **kwargs})
@@ -97,7 +98,7 @@ def test_nce_is_finite_at_the_ends_of_the_scores():
 
 def test_both_ways_to_the_scores():
     e,bank,places = torch.randn(5, 6, dtype=torch.float64, requires_grad=True),torch.randn(40, 6, dtype=torch.float64),torch.randint(40, (5, 9))
-    a,b = bank_dots(e, bank, places),bank_dots(e, bank, places, dense=0)
+    a,b = _bank_dots(e, bank, places),_bank_dots(e, bank, places, dense=0)
     torch.testing.assert_close(a, b)
     assert a[2,3].item() == pytest.approx((e[2]*bank[places[2,3]]).sum().item())
     w = torch.randn_like(a)
@@ -107,7 +108,7 @@ def test_both_ways_to_the_scores():
 
 @pytest.mark.parametrize('labels', [labels, torch.tensor([0, 1]), torch.tensor([3, 3, 1, 3, 1, 0])]) # class 2 of the last is empty
 def test_negatives(labels):
-    others,y = OtherClasses(labels),labels.unique()
+    others,y = _OtherClasses(labels),labels.unique()
     drawn = others.draw(y, 20000)
     for c,row in zip(y, drawn):
         want = (labels != c).nonzero()[:,0]
@@ -117,7 +118,7 @@ def test_negatives(labels):
     assert others.least == min((labels != c).sum() for c in y)
 
 def test_one_class():
-    with pytest.raises(ValueError, match='of one class'): OtherClasses(torch.zeros(5, dtype=torch.long))
+    with pytest.raises(ValueError, match='of one class'): _OtherClasses(torch.zeros(5, dtype=torch.long))
 
 def test_k_is_capped():
     y = torch.tensor([0]*7 + [1]*3)
@@ -290,7 +291,7 @@ def test_each_row_once_per_epoch_and_never_by_the_attack():
 
 def test_labels_and_places():
     dls = get_dls('digits', bs=16, n_train=40, device='cpu', augment=False)
-    y = train_labels(dls.train)
+    y = _train_labels(dls.train)
     for _,yb in dls.train: assert torch.equal(y[dls.train.idxs], yb.as_subclass(torch.Tensor))
 
 def test_fit_twice_continues():
@@ -319,7 +320,7 @@ def test_loader_without_places():
     with pytest.raises(ValueError, match='which images a batch holds'): quietly(learn)
 
 def test_loader_without_images():
-    with pytest.raises(ValueError, match='pixel_dls'): train_labels(SimpleNamespace(idxs=None, rows=None))
+    with pytest.raises(ValueError, match='pixel_dls'): _train_labels(SimpleNamespace(idxs=None, rows=None))
 
 def test_images_that_are_opened_as_needed(tmp_path):
     for part,n in (('train', 6), ('test', 3)):
@@ -328,7 +329,7 @@ def test_images_that_are_opened_as_needed(tmp_path):
             for i in range(n): Image.fromarray(np.random.randint(0, 256, (80, 80, 3), dtype=np.uint8)).save(tmp_path/part/c/f'{i}.png')
     dls = get_dls(tmp_path, bs=4, img_size=72, holdout=0, device='cpu')
     assert not dls.train.in_memory
-    labels = train_labels(dls.train)
+    labels = _train_labels(dls.train)
     for _,y in dls.train: assert torch.equal(labels[dls.train.idxs], y.as_subclass(torch.Tensor))
 
 def with_crd(): return TRAINCallback(net(2, drop=.2), relation=[small(), Topology()], attack=quick())
@@ -340,4 +341,4 @@ def test_resumed(tmp_path, stops):
     assert same(a, b)
     assert same(*(l.train_cb._side.opt.state_dict()['state'] for l in (whole, parts)))
     x,y = (torch.load(tmp_path/p/'ckpt'/'last.pt', weights_only=True)['callbacks']['train_cb'] for p in 'ab')
-    assert same(x, y) and same(x['pieces']['crd']['banks'], [*a['banks']]) and len(x['pieces']['crd']['log_z']) == 2
+    assert same(x, y) and same(x['pieces']['relations.crd']['banks'], [*a['banks']]) and len(x['pieces']['relations.crd']['log_z']) == 2

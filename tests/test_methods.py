@@ -11,7 +11,7 @@ from fastrain.core import load_tensors
 from fastrain.data.sources import get_dls
 from fastrain.pieces.las import LAS
 from fastrain.pieces.losses import ALP, AT, GAIRAT, MART, MCA, Natural, RobustLoss, TRADES
-from fastrain.training.methods import canonical, families, list_pieces, methods_text, parse_method, rows
+from fastrain.training.methods import canonical, list_pieces, methods_text, parse_method, piece_families, table_rows
 from fastrain.runs.recipe import make_recipe, recipe_fit, recipe_learner
 from fastrain.pieces.relations import AbsoluteCosine, LBGAT, Relation, Topology
 from fastrain.training.standard import CoTrained, Frozen
@@ -57,7 +57,7 @@ def test_printed_row(row):
     assert isinstance(m.robust, RobustLoss) and all(isinstance(r, Relation) for r in m.relations) and m.policy_args == {}
     assert m.needs_standard == bool(m.relations) and bool(m.approximate) == any(isinstance(p, (ECAS, SAT, MCA, AbsoluteCosine)) for p in m.pieces)
 
-@pytest.mark.parametrize('method', [*printed, *rows, *rows.values(), 'train', 'awp', 'trades:beta=3+train:weight=10,reduction=batchmean'])
+@pytest.mark.parametrize('method', [*printed, *table_rows, *table_rows.values(), 'train', 'awp', 'trades:beta=3+train:weight=10,reduction=batchmean'])
 def test_canonical_is_final(method):
     name = canonical(method)
     assert canonical(name) == name == parse_method(method).name and made(parse_method(name)) == made(parse_method(method))
@@ -91,7 +91,7 @@ defaults = [(p['key'], n, d) for p in list_pieces() for n,(d,_) in p['parameters
 @pytest.mark.parametrize('key, name, default', defaults)
 def test_default_can_be_typed(key, name, default):
     "As `methods_text` prints it"
-    m = parse_method(f'{"train+" if families["policy"].registry.get(key) else ""}{key}:{name}={default}')
+    m = parse_method(f'{"train+" if piece_families["policy"].registry.get(key) else ""}{key}:{name}={default}')
     if m.policy: assert m.policy_args == {name: default}
     else: assert made(m) == made(parse_method(key))
 
@@ -137,13 +137,13 @@ def test_not_refused(method): assert made(parse_method(method))
 pieces = list_pieces()
 
 def test_every_piece_has_a_name_of_its_own():
-    assert len({p['key'] for p in pieces}) == len(pieces) == sum(len(f.registry) for f in families.values())
-    assert {f for f in families} == {p['family'] for p in pieces} and not {p['key'] for p in pieces} & rows.keys()
+    assert len({p['key'] for p in pieces}) == len(pieces) == sum(len(f.registry) for f in piece_families.values())
+    assert {f for f in piece_families} == {p['family'] for p in pieces} and not {p['key'] for p in pieces} & table_rows.keys()
 
 @pytest.mark.parametrize('p', pieces, ids=[p['key'] for p in pieces])
 def test_piece(p):
     "One line about it, its source, the meaning of each parameter; made by default, and written down as plain values"
-    cls = families[p['family']].registry[p['key']]
+    cls = piece_families[p['family']].registry[p['key']]
     assert p['doc'] and '\n' not in p['doc'] and not p['doc'].endswith('.') and p['paper']
     for n,(_,meaning) in p['parameters'].items(): assert meaning, n
     piece = cls(net()) if p['family'] == 'policy' else cls()
@@ -155,7 +155,7 @@ def test_piece(p):
 def test_text():
     text = methods_text()
     for p in pieces: assert re.search(rf'^  {p["key"]} +{re.escape(p["doc"])}', text, re.M), p['key']
-    for name,stands_for in rows.items(): assert re.search(rf'^  {re.escape(name)} +{re.escape(stands_for)}$', text, re.M), name
+    for name,stands_for in table_rows.items(): assert re.search(rf'^  {re.escape(name)} +{re.escape(stands_for)}$', text, re.M), name
 
 @pytest.mark.parametrize('p', pieces, ids=[p['key'] for p in pieces])
 def test_text_of_a_piece(p):
@@ -202,7 +202,7 @@ def test_printed_on_the_command_line(capsys):
 
 robust,strategies = [p['key'] for p in pieces if p['family'] == 'robust'],[p['key'] for p in pieces if p['family'] == 'strategy']
 terms = {'train': 'l_tp', 'absolute': 'absolute', 'rkd-d': 'rkd_d', 'rkd-a': 'rkd_a', 'pkt': 'pkt', 'lbgat': 'lbgat', 'crd': 'crd'} # columns in the recorder
-every = [*robust, *(f'{r}+train' for r in robust if r != 'standard'), *(f'at+{t}' for t in terms), *(f'trades+{s}+train' for s in strategies), *map(canonical, [*printed, *rows]),
+every = [*robust, *(f'{r}+train' for r in robust if r != 'standard'), *(f'at+{t}' for t in terms), *(f'trades+{s}+train' for s in strategies), *map(canonical, [*printed, *table_rows]),
          'standard+awp+ema', 'at+awp:of=none+train', 'trades+awp:warmup=0+lbgat', 'at+ema+train', 'at+train+cotrained', 'at+lbgat+frozen', 'trades+lbgat+train+awp+ema', 'at+train:weight=3',
          'at+absolute+pkt+train']
 every = sorted({re.sub(r'^at\+(?!las|ecas)|:beta=6(\.0)?', '', canonical(m)) for m in every}) # without what goes without saying, so that none comes twice

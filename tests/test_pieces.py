@@ -45,7 +45,9 @@ class Still(Strategy):
     "Leaves everything as the attack has it, and notes the labels"
     def __init__(self): self.after = []
     def plan(self, model, v, attack): return Plan(notes=dict(tag=2*v.y))
-    def attacked(self, cb, v): self.after.append((cb.learn.train_iter, torch.equal(v.notes['tag'], 2*v.y), v.x_adv.shape == v.x.shape))
+    def attacked(self, step):
+        v = step.views
+        self.after.append((v.pct, torch.equal(v.notes['tag'], 2*v.y), v.x_adv.shape == v.x.shape))
 
 # --- what is refused, with the reason
 
@@ -125,16 +127,16 @@ class Mapped(Relation):
     "Squared distance of the features, those of M' being mapped"
     term,needs = 'mapped',('std', 'adv', 'features')
     def __init__(self, weight=1., width=None): self.weight,self.width,self.made = weight,width,0
-    def setup(self, cb):
+    def setup(self, training):
         if self.module is not None: return
         self.made += 1
-        with fork_rng(5): self.module = nn.Linear(n_features(cb.learn.model), n_features(cb.policy.model))
+        with fork_rng(5): self.module = nn.Linear(n_features(training.model), n_features(training.standard))
     def __call__(self, v): return F.mse_loss(self.module(v.adv.features.to(self.module.weight)), v.std.features.detach().to(self.module.weight))
     def state_dict(self): return self.module.state_dict()
     def load_state_dict(self, state): self.module.load_state_dict(state)
 
 def with_module(weight=1.): return TRAINCallback(net(2), attack=quick(), relation=[Topology(), Mapped(weight)])
-def module(learn): return learn.train_cb.pieces['mapped'].module
+def module(learn): return learn.train_cb.pieces['relations.mapped'].module
 
 @pytest.mark.parametrize('method', ['fit', 'fit_one_cycle'])
 @pytest.mark.parametrize('clip', [False, True])
@@ -172,7 +174,7 @@ def test_module_is_made_once():
     with learn.no_bar(), learn.no_logging(): learn.validate()
     assert same(before, snapshot(module(learn)))
     quietly(learn, 1, .05)
-    assert learn.train_cb.pieces['mapped'].made == 1 and learn.train_cb._side is side and not same(before, snapshot(module(learn)))
+    assert learn.train_cb.pieces['relations.mapped'].made == 1 and learn.train_cb._side is side and not same(before, snapshot(module(learn)))
 
 def test_module_and_accumulation():
     "Stepped when M' is"
@@ -194,7 +196,7 @@ def test_module_resumed(tmp_path, opt_func):
     whole,parts = check(tmp_path, with_module, opt_func=opt_func)
     a,b = (learn.train_cb for learn in (whole, parts))
     assert same(snapshot(module(whole)), snapshot(module(parts))) and same(a._side.opt.state_dict(), b._side.opt.state_dict())
-    for f in ('last.pt', 'best.pt'): assert 'weight' in torch.load(tmp_path/'b'/'ckpt'/f, weights_only=True)['callbacks']['train_cb']['pieces']['mapped']
+    for f in ('last.pt', 'best.pt'): assert 'weight' in torch.load(tmp_path/'b'/'ckpt'/f, weights_only=True)['callbacks']['train_cb']['pieces']['relations.mapped']
 
 # --- plans and notes reach where they should
 
@@ -215,7 +217,7 @@ def test_notes_of_a_strategy():
     robust,strategy,labels = Noted(),Still(),[]
     learn = fit(TRAINCallback(None, robust=robust, strategy=strategy, attack=quick()), cbs=[Call('before_batch', lambda l: l.training and labels.append(l.yb[0].clone()), 90)])
     assert len(robust.seen) == 8 and all(torch.equal(t, 2*y) for t,y in zip(robust.seen, labels))
-    assert strategy.after == [(i, True, True) for i in range(8)]
+    assert strategy.after == [(pytest.approx(i/8), True, True) for i in range(8)]
     assert same(snapshot(learn.model), snapshot(fit(TRAINCallback(None, attack=quick())).model)) # an empty plan changes nothing
 
 def test_plan_of_a_loss():

@@ -17,7 +17,7 @@ from fastrain.core import load_tensors, seed_all
 from fastrain.evaluation.evaluate import evaluate
 from fastrain.models.features import logits_and_features
 from fastrain.pieces.losses import AT, TRADES
-from fastrain.training.methods import parse_method, rows
+from fastrain.training.methods import parse_method, table_rows
 from fastrain.models.backbone import create_backbone, load_weights
 from fastrain.runs.recipe import make_recipe, recipe_callback, recipe_dls, recipe_learner, recipe_standard
 from fastrain.pieces.relations import LBGAT, Topology
@@ -406,7 +406,7 @@ def test_method_that_cannot_be_added(copied, method):
     assert (copied/'settings.json').read_bytes() == before and contents(copied) == files
 
 def test_folders():
-    names = [*rows, 'at', "at+train'", 'at+train*', 'at+train', 'trades:beta=.5+train', 'trades:beta=5+train', 'las:net=a/b', r'TRADES $(\beta = 6.0)$ + LBGAT']
+    names = [*table_rows, 'at', "at+train'", 'at+train*', 'at+train', 'trades:beta=.5+train', 'trades:beta=5+train', 'las:net=a/b', r'TRADES $(\beta = 6.0)$ + LBGAT']
     folders = [method_folder('run', n) for n in names]
     assert len(set(folders)) == len(names) and all(f.parent.name == 'checkpoints' and re.fullmatch(r'[\w.+=,-]{1,100}', f.name) for f in folders)
     assert method_folder('run', "Vanilla AT + TRAIN'").name != method_folder('run', 'Vanilla AT + TRAIN*').name == method_folder('run', 'at+train+frozen').name

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import Call, digit_dls, make_learner, net, quick, quietly, same, snapshot
-from fastrain.training.callback import TRAINCallback, history
+from fastrain.training.callback import TRAINCallback
+from fastrain.training.metrics import history
 from fastrain.core import seed_all
 from fastrain.pieces.losses import AT, TRADES, Natural
 from fastrain.pieces.base import Output, Views

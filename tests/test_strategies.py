@@ -11,14 +11,14 @@ from fastrain.attacks.pgd import PGD
 from fastrain.training.callback import TRAINCallback
 from fastrain.core import fork_rng
 from fastrain.pieces.losses import AT, TRADES
-from fastrain.pieces.base import Views
+from fastrain.pieces.base import Training, Views
 from fastrain.pieces.strategies import ECAS, FAT, SAT, Strategy
 
 attack = PGD(.2, .05, 6)
 
 def with_loss(strategy, key):
     "The strategy, as set up for a robust loss"
-    strategy.setup(SimpleNamespace(robust=SimpleNamespace(key=key)))
+    strategy.setup(Training(None, robust=SimpleNamespace(key=key)))
     return strategy
 
 def at_epoch(epoch, epochs=120, x=None, y=None): return Views(x, y, epoch=epoch, epochs=epochs)

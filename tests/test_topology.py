@@ -7,7 +7,9 @@ import torch
 
 from fastrain.pieces.base import Output, Views
 from fastrain.pieces.relations import Topology, cosine_distance, neighbour_probs, topology_loss
-from fastrain.training.schedules import LambdaSchedule, as_lambda, multi_step, printed, ramp
+from fastrain.training.schedules import LambdaSchedule, as_lambda, multi_step, schedules
+
+printed,ramp = schedules['printed'],schedules['ramp']
 
 def graph(f):
     "Lines 1 to 4 of the definition, with loops"

@@ -1,6 +1,5 @@
 "Weight perturbation against a loop as it was published, weight averaging against its formula, and that neither leaves anything behind"
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +17,10 @@ from fastrain.training.callback import TRAINCallback
 from fastrain.core import seed_all
 from fastrain.models.features import logits_and_features
 from fastrain.pieces.losses import AT, MCA, TRADES, Natural, RobustLoss
-from fastrain.pieces.base import Views
+from fastrain.pieces.base import Step, Training, Views
 from fastrain.pieces.relations import topology_loss
 from fastrain.training.schedules import torch_sgd
-from fastrain.pieces.weights import AWP, EMA, Averaging, Perturbation, ascent, kept_buffers, move
+from fastrain.pieces.weights import AWP, EMA, Averaging, Perturbation, _ascent, _displace, _kept_buffers
 from test_resume import check
 
 losses = dict(at=AT, trades=TRADES)
@@ -122,10 +121,13 @@ def test_learning_rate_of_the_proxy_is_irrelevant(): close(*(snapshot(published(
 @pytest.mark.parametrize('n_epoch, awp, robust, first', [(4, AWP(), AT(), 0), (40, AWP(), TRADES(), 2), (200, AWP(), TRADES(), 10), (20, AWP(), TRADES(), 1), (10, AWP(), TRADES(), 1), (1, AWP(), TRADES(), None),
     (4, AWP(warmup=100), AT(), 2), (4, AWP(warmup=2, of=None), AT(), 2), (4, AWP(warmup=4, of=None), AT(), None), (3, AWP(warmup=0), TRADES(), 0)])
 def test_warmup(n_epoch, awp, robust, first, monkeypatch):
-    moved,cb = [],SimpleNamespace(robust=robust, learn=SimpleNamespace(model=net()))
-    monkeypatch.setattr('fastrain.pieces.weights.ascent', lambda *args: moved.append(epoch) or {})
-    awp.setup(cb)
-    for epoch in range(n_epoch): awp.perturb(cb, Views(None, None, epoch=epoch, epochs=n_epoch))
+    moved = []
+    def note(*args):
+        moved.append(epoch)
+        return {}
+    monkeypatch.setattr('fastrain.pieces.weights._ascent', note)
+    awp.setup(Training(net(), robust=robust))
+    for epoch in range(n_epoch): awp.perturb(Step(net(), Views(None, None, epoch=epoch, epochs=n_epoch), robust))
     assert moved == list(range(n_epoch if first is None else first, n_epoch))
 
 @pytest.mark.parametrize('robust', losses)
@@ -206,7 +208,7 @@ class Odd(Net):
 
 def test_only_weights_with_a_gradient():
     model,(x,y) = Odd(),digits('train', 8)
-    d = ascent(model, lambda: F.cross_entropy(model(x), y), .1)
+    d = _ascent(model, lambda: F.cross_entropy(model(x), y), .1)
     assert list(d) == ['conv2.weight', 'fc.weight'] and all(p.grad is None for p in model.parameters())
     before = params(model)
     learn = fit(TRAINCallback(None, attack=quick(), perturb=AWP(.1)), model)
@@ -216,27 +218,27 @@ def test_only_weights_with_a_gradient():
 def test_layer_without_slope_stays():
     model,(x,y) = net(1, bn=False),digits('train', 8)
     model.conv2.bias.data.fill_(-1e3) # nothing passes its ReLU
-    d = ascent(model, lambda: F.cross_entropy(model(x), y), .1)
+    d = _ascent(model, lambda: F.cross_entropy(model(x), y), .1)
     assert not d['conv1.weight'].any() and not d['conv2.weight'].any() and all(t.isfinite().all() for t in d.values())
 
 def test_ascent_goes_uphill():
     model,(x,y) = net(1).double(),digits('train', 16)
     loss = lambda: F.cross_entropy(model(x.double()), y)
     before,values = snapshot(model),[loss().item()]
-    d = ascent(model, loss, .02)
+    d = _ascent(model, loss, .02)
     for sign in (1, -2):
-        move(model, d, sign)
+        _displace(model, d, sign)
         values.append(loss().item())
     assert values[2] < values[0] < values[1]
-    move(model, d)
+    _displace(model, d)
     close(params(model), {k: before[k] for k in params(model)}, 1e-14)
 
 def test_kept_buffers():
     model,(x,_) = net(1),digits('train', 8)
     before = snapshot(model)
-    with kept_buffers(model): model(x)
+    with _kept_buffers(model): model(x)
     assert same(before, snapshot(model))
-    with pytest.raises(RuntimeError), kept_buffers(model):
+    with pytest.raises(RuntimeError), _kept_buffers(model):
         model(x)
         raise RuntimeError
     assert same(before, snapshot(model))
