@@ -12,8 +12,9 @@ from string import Template
 
 import pandas as pd
 
-from ..evaluation.scores import mcnemar, mean_spread
-from ..evaluation.tables import attack_title, markdown_table
+from ..evaluation.record import read_evaluation
+from ..evaluation.scores import Measure, mcnemar, mean_spread
+from ..evaluation.tables import markdown_table
 from .plots import plot_tradeoff, save_figure
 from .report import pictures_text, save_page, sections
 from .run import Run, method_in
@@ -29,7 +30,7 @@ def _all_but_seed(run):
     del settings['seed']
     return json.dumps(settings, sort_keys=True)
 
-def _figures(runs) -> pd.DataFrame: # 'run', 'seed', 'method', accuracies and topology scores in %, 'L_TP'
+def _figures(runs) -> pd.DataFrame: # 'run', 'seed', 'method', accuracies in %, measures
     "A row per run and method: what was evaluated last, after the last epoch"
     labels,rows = _experiments(runs),[]
     for run,label in zip(runs, labels):
@@ -38,11 +39,15 @@ def _figures(runs) -> pd.DataFrame: # 'run', 'seed', 'method', accuracies and to
             rows.append(dict(run=str(run.out), seed=run.recipe.seed, method=method, **_row(r)))
     return pd.DataFrame(rows)
 
-def _row(r):
-    e = r['last']
-    shares = [k for k in [*r['attacks'], 'topology_natural', 'topology_robust'] if k in e]
-    row = {attack_title(k): 100*e[k] for k in shares}
-    return dict(row, L_TP=e['l_tp']) if 'l_tp' in e else row
+def _row(r) -> dict: # `{title: value}`
+    "The figures of a method in the units in which they are printed"
+    record = r['last']
+    rows = [row for row in record['rows'] if row['kind'] != 'stage']
+    accuracies = {row['title']: 100*row['accuracy'] for row in rows}
+    measures = {k: v for k,v in record['figures'].items() if k not in {row['name'] for row in rows}}
+    return accuracies | dict(_printed(Measure.of(k), v) for k,v in measures.items())
+
+def _printed(measure, value): return measure.title or measure.key,100*value if measure.unit == '%' else value
 
 # %% ../../nbs/runs/compare.ipynb #ca43d5cc
 def paired(run:Run, first:str, second:str) -> pd.DataFrame: # A row per attack
@@ -50,12 +55,17 @@ def paired(run:Run, first:str, second:str) -> pd.DataFrame: # A row per attack
     a,b = (_per_image(run, m) for m in (first, second))
     if list(a.image) != list(b.image) or list(a.label) != list(b.label):
         raise ValueError(f'{run.out}: {first} and {second} were evaluated on other images. Evaluate both again with the same --n')
-    attacks = [c.removesuffix(' margin') for c in a.columns if c.endswith(' margin') and c in b.columns]
     rows = []
-    for k in attacks:
-        test = mcnemar(list(a[k] == a.label), list(b[k] == b.label))
-        rows.append(dict(first=first, second=second, attack=attack_title(k), n=len(a), **test))
+    for name,title in _attacks(run, first).items():
+        if name not in b.columns: continue
+        test = mcnemar(list(a[name] == a.label), list(b[name] == b.label))
+        rows.append(dict(first=first, second=second, attack=title, n=len(a), **test))
     return pd.DataFrame(rows)
+
+def _attacks(run, method) -> dict: # `{name: title}`
+    "What each image of a method was evaluated under"
+    rows = read_evaluation(run.evaluation_folder(method))['rows']
+    return {r['name']: r['title'] for r in rows if r['kind'] in ('natural', 'attack')}
 
 def _per_image(run, method):
     file = run.evaluation_folder(method)/'per_image.csv'
@@ -115,15 +125,19 @@ def compare_runs(
     figures,tests = _figures(runs),_all_tests(runs, against)
     table = mean_spread(figures.drop(columns=['run', 'seed']), 'method')
     means = _MEANS.substitute(runs=', '.join(r.out.name for r in runs), table=markdown_table(table))
-    pictures = pictures_text(out) if _draw_tradeoff(figures, out) else ''
+    pictures = pictures_text(out) if _draw_tradeoff(figures, _robust_title(runs[0]), out) else ''
     tests = '' if tests is None else _TESTS.substitute(table=markdown_table(_test_table(tests)))
     save_page(out, sections(means, pictures, tests, _differences(runs)))
     return table
 
-def _draw_tradeoff(figures, out) -> bool:
-    "Draw natural accuracy against that under the first PGD, if both were measured"
-    robust = next((c for c in figures.columns if c.startswith('PGD')), None)
-    if robust is None or 'natural' not in figures: return False
+def _robust_title(run):
+    "The title of the attack that L_TP is measured under"
+    first = run.evaluated[0]
+    return next((r['title'] for r in first['last']['rows'] if r['name'] == first['l_tp_attack']), None)
+
+def _draw_tradeoff(figures, robust, out) -> bool:
+    "Draw natural accuracy against that under an attack, if both were measured"
+    if robust not in figures or 'natural' not in figures or robust == 'natural': return False
     points = figures[['method', 'seed']].assign(natural=figures.natural/100, robust=figures[robust]/100)
     save_figure(plot_tradeoff(points), Path(out)/'tradeoff.png')
     return True

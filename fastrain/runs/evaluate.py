@@ -16,8 +16,8 @@ from torch import nn
 
 from ..core import environment, load_tensors, save_json
 from ..data.sources import get_dls
-from ..evaluation.evaluate import Evaluation, evaluate, named_attacks, rescore
-from ..evaluation.tables import attack_title
+from ..evaluation.evaluate import evaluate, parse_figures, rescore
+from ..evaluation.record import Evaluation
 from ..models.backbone import create_backbone, load_weights
 from ..models.features import n_outputs
 from .gallery import Exhibits, draw_pictures, picture_names
@@ -30,16 +30,16 @@ def recipe_attacks(
     r:Recipe,
     attacks=('natural', 'pgd20'), # Names, as of `evaluate`; or what this function returned
     eps=None # Size of the ball, or several; None: that of the recipe
-) -> dict:
-    "The attacks that a run is evaluated under, by name"
+) -> dict: # `{name: NamedAttack}`, and the names of measures, for `evaluate`
+    "What a run is evaluated under"
     if isinstance(attacks, dict): return attacks
     alpha = r.eval_alpha if eps is None else None
-    found,topology = named_attacks(attacks, r.eval_eps if eps is None else eps, alpha, r.norm, r.seed)
-    return dict(found, topology=None) if topology else found
+    found,measures = parse_figures(attacks, r.eval_eps if eps is None else eps, alpha, r.norm, r.seed)
+    return found | {m.key: None for m in measures}
 
 def _nearest_pgd20(attacks:dict, eps:float):
-    "PGD-20 of the size nearest to `eps`; None if it is not measured"
-    sizes = {k: abs(a.eps - eps) for k,a in attacks.items() if k.partition('@')[0] == 'pgd20'}
+    "The name of PGD-20 in the size nearest to `eps`; None if it is not measured"
+    sizes = {k: abs(a.eps - eps) for k,a in attacks.items() if a is not None and a.base == 'pgd20'}
     return min(sizes, key=sizes.get, default=None)
 
 # %% ../../nbs/runs/evaluate.ipynb #e40c6216
@@ -72,7 +72,7 @@ def _on_device(model, run): return None if model is None else model.to(run.dls.d
 def _circumstances(run, source, ev) -> dict:
     "What the figures of a method depend on"
     r = run.recipe
-    return dict(attacks=ev.accuracies, anchor=source, l_tp_attack=ev.settings['l_tp_attack'], bs=r.bs,
+    return dict(anchor=source, l_tp_attack=ev.settings['l_tp_attack'], bs=r.bs,
                 eval_eps=r.eval_eps, eval_alpha=r.eval_alpha, valid_is_test=run.dls.valid_is_test)
 
 # %% ../../nbs/runs/evaluate.ipynb #28f576e7
@@ -112,7 +112,7 @@ def _has_any(run, method, which):
     "Only averaged weights may be missing"
     return any(w != 'average' or run.has_average(method) for w in which)
 
-def _accuracies(ev): return ', '.join(f'{attack_title(k)} {100*ev[k]:.2f}' for k in ev.accuracies)
+def _accuracies(ev): return ', '.join(f'{row.title} {100*row.accuracy:.2f}' for row in ev.rows if row.kind != 'stage')
 
 # %% ../../nbs/runs/evaluate.ipynb #a7d7a5c3
 def show_run(
@@ -213,10 +213,10 @@ def evaluate_any(
 ) -> Evaluation:
     "Evaluate any model on any data, with a report"
     pictures = picture_names(pictures)
-    named_attacks(attacks, **{k: kwargs[k] for k in ('eps', 'norm') if k in kwargs}) # errors come before the data are read
+    parse_figures(attacks, **{k: kwargs[k] for k in ('eps', 'norm') if k in kwargs}) # errors come before the data are read
     model,standard,dls = load_for(data, spec, weights, backbone, standard, path, img_size, bs, device)
     ev = evaluate(model, dls, attacks, standard=standard, out=out, **kwargs)
-    name,attack = Path(str(spec).rpartition(':')[2]).stem,ev.attacks[ev.settings['l_tp_attack']]
+    name,attack = Path(str(spec).rpartition(':')[2]).stem,ev.attacks[ev.settings['l_tp_attack']].attack
     draw_pictures(pictures, Exhibits({name: ev.record()}, lambda _: model, dls, attack, evaluations={name: ev}), out)
     made_from = f'{spec}, weights {weights}' if weights else str(spec)
     save_page(out, model_text(f'{name} on {data}', made_from, ev.record(), environment(device), out))

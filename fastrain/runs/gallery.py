@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from ..attacks.named import own_attack
 from ..core import lookup
 from ..evaluation.measure import Batches
-from ..evaluation.tables import attack_title
 from .plots import plot_curves, plot_eps, plot_images, plot_relation, plot_strength, plot_topology, plot_tradeoff, plot_tsne
 from .plots import save_figure
 
@@ -57,18 +57,22 @@ def _history(e):
 @picture
 def _tradeoff(e):
     "Robust against natural accuracy; an arrow leads from a method to the same with TRAIN."
-    rows = {label: _attack_rows(record) for label,record in e.records.items()}
-    common = set.intersection(*(set(r) for r in rows.values()))
-    robust = sorted(k for k in common if k not in ('natural', 'noise'))
-    if 'natural' not in common or not robust: raise ValueError('evaluate under natural and an attack')
-    strongest = min(robust, key=lambda k: sum(r[k]['accuracy'] for r in rows.values()))
-    points = [_point(label, r['natural'], r[strongest]) for label,r in rows.items()]
+    natural = {label: next(iter(_rows(record, 'natural').values()), None) for label,record in e.records.items()}
+    attacked = {label: _rows(record, 'attack') for label,record in e.records.items()}
+    common = set.intersection(*(_with_steps(rows) for rows in attacked.values()))
+    if not common or not all(natural.values()): raise ValueError('evaluate under natural and an attack')
+    strongest = min(sorted(common), key=lambda name: sum(rows[name]['accuracy'] for rows in attacked.values()))
+    points = [_point(label, natural[label], attacked[label][strongest]) for label in e.records]
     fig = plot_tradeoff(pd.DataFrame(points))
-    fig.axes[0].set_ylabel(f'accuracy under {attack_title(strongest)}, %')
+    title = next(iter(attacked.values()))[strongest]['title']
+    fig.axes[0].set_ylabel(f'accuracy under {title}, %')
     return fig
 
-def _attack_rows(record): # `{name: row}` of the rows that an attack of its own made
-    return {r['attack']: r for r in record['table'] if r['attack'] != 'worst case' and ' after ' not in r['attack']}
+def _rows(record, kind) -> dict: return {r['name']: r for r in record['rows'] if r['kind'] == kind}
+
+def _with_steps(rows) -> set:
+    "Names of attacks, without noise"
+    return {name for name,r in rows.items() if r['steps'] != 0}
 
 def _point(label, natural, robust):
     "Both accuracies with their intervals"
@@ -83,17 +87,16 @@ def _eps(e):
     for label,record in e.records.items():
         curves = _sizes(record)
         for base,rows in curves.items():
-            name = f'{label}, {attack_title(base)}' if len(curves) > 1 else label
+            name = f'{label}, {own_attack(base, None).title}' if len(curves) > 1 else label
             points[name] = sorted(rows, key=lambda r: r['eps'])
     if not points or max(map(len, points.values())) < 3: raise ValueError('evaluate with several sizes: --eps 2/255,4/255,8/255')
     return plot_eps(points)
 
 def _sizes(record) -> dict: # `{attack without its size: rows}`
-    natural = [dict(r, eps=0.) for r in record['table'] if r['attack'] == 'natural']
+    natural = [dict(r, eps=0.) for r in _rows(record, 'natural').values()]
     curves = {}
-    for r in record['table']:
-        base,at,_ = r['attack'].partition('@')
-        if at and not base.startswith('worst') and ' after ' not in r['attack']: curves.setdefault(base, [*natural]).append(r)
+    for r in _rows(record, 'attack').values():
+        if r['size']: curves.setdefault(r['base'], [*natural]).append(r)
     return curves
 
 # %% ../../nbs/runs/gallery.ipynb #96a560dd
@@ -130,7 +133,7 @@ def _features(ev) -> dict:
     if 'features' not in natural or 'features' not in attacked:
         raise ValueError(f'evaluate under natural and {on}, a model with a classifier that features can be taken from')
     return dict(natural=natural['features'], adversarial=attacked['features'], y=natural['y'],
-                natural_accuracy=ev['natural'], robust_accuracy=ev[on], attack=attack_title(on))
+                natural_accuracy=ev['natural'], robust_accuracy=ev[on], attack=ev.attacks[on].title)
 
 # %% ../../nbs/runs/gallery.ipynb #948aff3b
 @picture

@@ -13,7 +13,7 @@ from string import Template
 import pandas as pd
 
 from ..core import save_text
-from ..evaluation.tables import attack_title, evaluation_text, markdown_table, results_table
+from ..evaluation.tables import evaluation_text, markdown_table, results_table
 from .gallery import pictures
 from .run import CHECKPOINTS, Run
 
@@ -138,12 +138,14 @@ def _accuracy_text(title, results):
     n = first[which]['n']
     numbers = dict(n=n, interval=f'{98/n**.5:.1f}', eps=f'{first["eval_eps"]:.4g}', alpha=f'{first["eval_alpha"]:.3g}')
     table = markdown_table(results_table(results, which))
-    return _ACCURACY.substitute(numbers, title=title, l_tp=_l_tp_text(results), table=table)
+    return _ACCURACY.substitute(numbers, title=title, l_tp=_l_tp_text(results, which), table=table)
 
-def _l_tp_text(results):
+def _l_tp_text(results, which):
     anchors = {r['anchor'] for r in results if r.get('anchor')}
     if not anchors: return ''
-    return _L_TP.substitute(bs=results[0]['bs'], attack=attack_title(results[0]['l_tp_attack']), anchors=' or '.join(sorted(anchors)))
+    first = results[0]
+    title = next(row['title'] for row in first[which]['rows'] if row['name'] == first['l_tp_attack'])
+    return _L_TP.substitute(bs=first['bs'], attack=title, anchors=' or '.join(sorted(anchors)))
 
 def _attacks_text(results):
     return '## Attack by attack\n\nAfter the last epoch.\n\n' + sections(*(_method_text(r) for r in results))
