@@ -1,4 +1,4 @@
-"What `evaluate` costs beside the attacks themselves, and what the topology score takes: `python bench/evaluate.py --out bench/results/evaluate.json`"
+"What `evaluate` costs beside the attacks, and what the topology score takes: `python bench/evaluate.py --out bench/results/evaluate.json`"
 import resource, statistics, time
 from functools import partial
 
