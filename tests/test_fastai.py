@@ -120,9 +120,8 @@ def test_freeze_and_discriminative_rates():
     assert head and head <= changed <= head | norms
     learn.unfreeze()
     seen = []
-    quietly(learn, 1, slice(1e-4, 1e-2), cbs=Call('after_step',
-                                                  lambda l: seen.append(([h['lr'] for h in l.opt.hypers],
-                                                      l.train_cb.standard_learner.opt.hypers[0]['lr'])), 90))
+    def keep(l): seen.append(([h['lr'] for h in l.opt.hypers], l.train_cb.standard_learner.opt.hypers[0]['lr']))
+    quietly(learn, 1, slice(1e-4, 1e-2), cbs=Call('after_step', keep, 90))
     groups,std_lr = seen[0]
     assert groups == pytest.approx([1e-4, 1e-2]) and std_lr == pytest.approx(1e-2)
     assert all(not torch.equal(p, before[n]) for n,p in main.named_parameters())

@@ -63,7 +63,7 @@ def robust_terms(model, x, x_adv, y, robust):
     return F.cross_entropy(nat, y) + 6*F.kl_div(z.log_softmax(1), nat.softmax(1), reduction='batchmean'),features
 
 def published(robust, gamma, first, lam=0., n_epoch=2, lr=.05, proxy_lr=.01):
-    "The proxy of the paper: copied, stepped uphill by SGD, its difference normalised, added, taken back after the step; from epoch `first` on"
+    "The proxy of the paper: copied, stepped uphill by SGD, its difference normalised, added, taken back after it; from epoch `first` on"
     dls,main,std = digit_dls(double=True),net(1).double().train(),net(2).double().train()
     opt,std_opt = (torch.optim.SGD(m.parameters(), lr, momentum=.9, weight_decay=5e-4) for m in (main, std))
     seed_all(0)
