@@ -53,6 +53,15 @@ def break_step(monkeypatch, broken):
     whole = step.Plain.step
     monkeypatch.setattr(step.Plain, 'step', lambda self, x, y: broken(lambda: whole(self, x, y), self, x, y))
 
+@pytest.fixture(scope='module')
+def nets():
+    "A batch, and two models by which the steps are the same as long as nothing is broken"
+    torch.manual_seed(0)
+    batch = torch.rand(8, 3, 32, 32),torch.arange(8)
+    models = [step.create_backbone('resnet10t_16', 10) for _ in range(2)]
+    assert step.check('trades+train', batch, models, 2) < 1e-9
+    return batch,models
+
 def constant(name, value):
     def broken(whole, plain, x, y):
         with pytest.MonkeyPatch.context() as m:
@@ -69,12 +78,9 @@ def train_mode(whole, plain, x, y):
     whole()
 
 @pytest.mark.parametrize('broken', [constant('BETA', 5.9), constant('LAM', 4.9), constant('ALPHA', 2.1/255), other_order, train_mode])
-def test_another_algorithm_is_found_out(broken, monkeypatch):
-    torch.manual_seed(0)
-    batch,models = (torch.rand(8, 3, 32, 32), torch.arange(8)),[step.create_backbone('resnet10t_16', 10) for _ in range(2)]
-    assert step.check('trades+train', batch, models, 2) < 1e-9
+def test_another_algorithm_is_found_out(broken, nets, monkeypatch):
     break_step(monkeypatch, broken)
-    with pytest.raises(RuntimeError, match='differ'): step.check('trades+train', batch, models, 2)
+    with pytest.raises(RuntimeError, match='differ'): step.check('trades+train', *nets, 2)
 
 # -- gpu.py ------------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
