@@ -35,8 +35,9 @@ def _figures(runs) -> pd.DataFrame: # 'run', 'seed', 'method', accuracies in %, 
     labels,rows = _experiments(runs),[]
     for run,label in zip(runs, labels):
         for r in run.evaluated:
-            method = f'{label}: {r["method"]}' if len(set(labels)) > 1 else r['method']
-            rows.append(dict(run=str(run.out), seed=run.recipe.seed, method=method, **_row(r)))
+            method = r['method'] if len(set(labels)) == 1 else f'{label}: {r["method"]}'
+            about = dict(run=str(run.out), seed=run.recipe.seed, method=method)
+            rows.append(about | _row(r))
     return pd.DataFrame(rows)
 
 def _row(r) -> dict: # `{title: value}`
@@ -52,14 +53,16 @@ def _printed(measure, value): return measure.title or measure.key,100*value if m
 # %% ../../nbs/runs/compare.ipynb #ca43d5cc
 def paired(run:Run, first:str, second:str) -> pd.DataFrame: # A row per attack
     "McNemar's test of two methods of a run, on the images that both were evaluated on"
-    a,b = (_per_image(run, m) for m in (first, second))
-    if list(a.image) != list(b.image) or list(a.label) != list(b.label):
+    a,b = _per_image(run, first),_per_image(run, second)
+    same = list(a.image) == list(b.image) and list(a.label) == list(b.label)
+    if not same:
         raise ValueError(f'{run.out}: {first} and {second} were evaluated on other images. Evaluate both again with the same --n')
     rows = []
     for name,title in _attacks(run, first).items():
         if name not in b.columns: continue
-        test = mcnemar(list(a[name] == a.label), list(b[name] == b.label))
-        rows.append(dict(first=first, second=second, attack=title, n=len(a), **test))
+        right_a = list(a[name] == a.label)
+        right_b = list(b[name] == b.label)
+        rows.append(dict(first=first, second=second, attack=title, n=len(a), **mcnemar(right_a, right_b)))
     return pd.DataFrame(rows)
 
 def _attacks(run, method) -> dict: # `{name: title}`
@@ -86,16 +89,19 @@ def _all_tests(runs, against):
     "The tests of all pairs in all runs; None if there are no pairs"
     tests = []
     for run in runs:
-        for first,second in _pairs([r['method'] for r in run.evaluated], against):
-            tests.append(paired(run, first, second).assign(run=run.out.name, seed=run.recipe.seed))
+        methods = [r['method'] for r in run.evaluated]
+        for first,second in _pairs(methods, against):
+            test = paired(run, first, second)
+            tests.append(test.assign(run=run.out.name, seed=run.recipe.seed))
     return pd.concat(tests) if tests else None
 
 def _test_table(tests):
     points = 100*(tests.only_second - tests.only_first)/tests.n
-    columns = {'run': tests.run, 'seed': tests.seed, 'first': tests['first'], 'second': tests.second, 'attack': tests.attack,
-               'only first': tests.only_first, 'only second': tests.only_second,
-               'difference, points': points.map('{:+.2f}'.format), 'p': tests.p_value.map('{:.2g}'.format)}
-    return pd.DataFrame(columns).set_index('run')
+    table = tests[['run', 'seed', 'first', 'second', 'attack', 'only_first', 'only_second']]
+    table = table.rename(columns=dict(only_first='only first', only_second='only second'))
+    table['difference, points'] = points.map('{:+.2f}'.format)
+    table['p'] = tests.p_value.map('{:.2g}'.format)
+    return table.set_index('run')
 
 # %% ../../nbs/runs/compare.ipynb #0e05e6fe
 _MEANS = Template('''\
@@ -138,7 +144,8 @@ def _robust_title(run):
 def _draw_tradeoff(figures, robust, out) -> bool:
     "Draw natural accuracy against that under an attack, if both were measured"
     if robust not in figures or 'natural' not in figures or robust == 'natural': return False
-    points = figures[['method', 'seed']].assign(natural=figures.natural/100, robust=figures[robust]/100)
+    points = figures[['method', 'seed']]
+    points = points.assign(natural=figures.natural/100, robust=figures[robust]/100)
     save_figure(plot_tradeoff(points), Path(out)/'tradeoff.png')
     return True
 

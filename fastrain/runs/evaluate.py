@@ -54,7 +54,8 @@ def assess(
     "Evaluate the checkpoints of a method"
     r,attacks = run.recipe,recipe_attacks(run.recipe, attacks, eps)
     anchor,source = run.anchor(method)
-    kwargs |= dict(norm=r.norm, bs=r.bs, seed=r.seed, l_tp_attack=_nearest_pgd20(attacks, r.eval_eps), standard=_on_device(anchor, run))
+    kwargs |= dict(norm=r.norm, bs=r.bs, seed=r.seed, standard=_on_device(anchor, run))
+    kwargs['l_tp_attack'] = _nearest_pgd20(attacks, r.eval_eps)
     record,evs = {},{}
     for w in which:
         if w == 'average' and not run.has_average(method): continue
@@ -62,7 +63,8 @@ def assess(
         if w == 'best' and 'last' in record and epoch == record['last']['epoch']: # the same weights
             record[w],evs[w] = record['last'],evs['last']
         else:
-            folder,model = run.evaluation_folder(method, w),_on_device(run.model(method, w), run)
+            model = _on_device(run.model(method, w), run)
+            folder = run.evaluation_folder(method, w)
             evs[w] = evaluate(model, run.dls, attacks, checks=not evs, out=folder, **kwargs)
             record[w] = dict(evs[w].record(), epoch=epoch)
     return record | _circumstances(run, source, next(iter(evs.values()))),evs
@@ -92,13 +94,16 @@ def evaluate_run(
     todo = _records_of(run, methods)
     pictures,attacks = picture_names(pictures),recipe_attacks(run.recipe, attacks, eps) # errors come before the data are read
     results,shown = [],{}
-    for r in (r for r in todo if _has_any(run, r['method'], which)):
-        record,evs = assess(run, r['method'], attacks, which, **kwargs)
-        ev = shown[r['method']] = next(iter(evs.values()))
-        print(f'{r["method"]}: {_accuracies(ev)}')
+    for r in todo:
+        method = r['method']
+        if not _has_any(run, method, which): continue
+        record,evs = assess(run, method, attacks, which, **kwargs)
+        shown[method] = next(iter(evs.values()))
+        print(f'{method}: {_accuracies(shown[method])}')
         results.append({k: v for k,v in r.items() if k not in CHECKPOINTS} | record)
         save_json(run.out/'evaluation.json', results)
-    if not results: raise ValueError(f'None of {", ".join(r["method"] for r in todo)} has averaged weights: add ema to a method')
+    if not results:
+        raise ValueError(f'None of {", ".join(r["method"] for r in todo)} has averaged weights: add ema to a method')
     run.evaluations = results
     show_run(run, results, pictures, shown)
     return results
@@ -216,8 +221,10 @@ def evaluate_any(
     parse_figures(attacks, **{k: kwargs[k] for k in ('eps', 'norm') if k in kwargs}) # errors come before the data are read
     model,standard,dls = load_for(data, spec, weights, backbone, standard, path, img_size, bs, device)
     ev = evaluate(model, dls, attacks, standard=standard, out=out, **kwargs)
-    name,attack = Path(str(spec).rpartition(':')[2]).stem,ev.attacks[ev.settings['l_tp_attack']].attack
-    draw_pictures(pictures, Exhibits({name: ev.record()}, lambda _: model, dls, attack, evaluations={name: ev}), out)
+    name = Path(str(spec).rpartition(':')[2]).stem
+    attack = ev.attacks[ev.settings['l_tp_attack']].attack
+    exhibits = Exhibits({name: ev.record()}, lambda _: model, dls, attack, evaluations={name: ev})
+    draw_pictures(pictures, exhibits, out)
     made_from = f'{spec}, weights {weights}' if weights else str(spec)
     save_page(out, model_text(f'{name} on {data}', made_from, ev.record(), environment(device), out))
     return ev

@@ -27,7 +27,9 @@ def _styles(names):
     "`{name: style of its line}`"
     return {n: _style(i) for i,n in enumerate(names)}
 
-def _style(i): return dict(color=_colors[i % len(_colors)], marker=_markers[i % len(_markers)], ms=5, mfc='white', lw=1.3)
+def _style(i):
+    color,marker = _colors[i % len(_colors)],_markers[i % len(_markers)]
+    return dict(color=color, marker=marker, ms=5, mfc='white', lw=1.3)
 
 def _handle(label, **style): return Line2D([], [], label=str(label), **style)
 
@@ -60,7 +62,8 @@ def _check(given, needed, what):
     "Error if something is empty or lacks entries"
     if not len(given): raise ValueError(f'{what}: there is nothing to draw')
     missing = [repr(n) for n in needed if n not in given]
-    if missing: raise ValueError(f'{what}: there is no {" and no ".join(missing)} among {", ".join(map(str, given))}')
+    there = ', '.join(map(str, given))
+    if missing: raise ValueError(f'{what}: there is no {" and no ".join(missing)} among {there}')
 
 def _by_method(rows):
     "`{method: its rows}`"
@@ -87,10 +90,13 @@ def plot_curves(
     styles = _styles(runs)
     for m,h in runs.items():
         style = dict(styles[m], markevery=_rows_for(len(h), 8))
+        color = style['color']
+        best_epoch = best.get(m) or _best_epoch(m, h, robust)
+        last_epoch = h.epoch.max() + 1
         for column,ls in lines.items():
             left.plot(h.epoch + 1, 100*h[column], ls=ls, **style)
-            _mark(left, m, h, column, best.get(m) or _best_epoch(m, h, robust), styles[m]['color'], **_best_mark)
-            _mark(left, m, h, column, h.epoch.max() + 1, styles[m]['color'], **_last_mark)
+            _mark(left, m, h, column, best_epoch, color, **_best_mark)
+            _mark(left, m, h, column, last_epoch, color, **_last_mark)
         right.plot(h.epoch + 1, h.robust_loss, **style)
     left.set(ylabel='validation accuracy, %', ylim=(0, None))
     right.set(ylabel='robust loss of a training batch')
@@ -110,15 +116,19 @@ def _best_epoch(method, h, robust):
 def _mark(ax, method, h, column, epoch, color, **mark):
     "A mark on the line of `column` at an epoch, from 1"
     epochs = h.epoch + 1
-    if epoch not in set(epochs): raise ValueError(f'best: {method} has no epoch {epoch}, only {epochs.min()} to {epochs.max()}')
-    ax.plot([epoch], 100*h[column][epochs == epoch], ls='', color=color, mec='white', mew=.6, zorder=3, clip_on=False, **mark)
+    if epoch not in set(epochs):
+        raise ValueError(f'best: {method} has no epoch {epoch}, only {epochs.min()} to {epochs.max()}')
+    value = 100*h[column][epochs == epoch]
+    ax.plot([epoch], value, ls='', color=color, mec='white', mew=.6, zorder=3, clip_on=False, **mark)
 
 def _line_handles(lines, robust):
     "What line styles and marks mean"
     names = {'accuracy': 'natural', robust: robust and robust.removesuffix('_accuracy')}
-    grey = dict(color='.3', ls='', mec='white')
     kinds = [_handle(names[c], color='.3', ls=ls) for c,ls in lines.items()]
-    return [*kinds, _handle('best epoch', **grey, **_best_mark), _handle('last epoch', **grey, **_last_mark)]
+    grey = dict(color='.3', ls='', mec='white')
+    best = _handle('best epoch', **grey, **_best_mark)
+    last = _handle('last epoch', **grey, **_last_mark)
+    return [*kinds, best, last]
 
 # %% ../../nbs/runs/plots.ipynb #eafaadd5
 def plot_relation(
@@ -133,13 +143,15 @@ def plot_relation(
     styles = _styles(runs)
     for term,ax in zip(terms, axs):
         for m,h in runs.items():
-            if h[term].notna().any(): ax.plot(h.epoch + 1, h[term], **styles[m], markevery=_rows_for(len(h), 8))
-        ax.set_ylabel(f'{"L_TP" if term == "l_tp" else term} of a training batch')
+            if h[term].isna().all(): continue
+            ax.plot(h.epoch + 1, h[term], **styles[m], markevery=_rows_for(len(h), 8))
+        name = 'L_TP' if term == 'l_tp' else term
+        ax.set_ylabel(f'{name} of a training batch')
     _epochs(axs)
     courses = _courses(runs)
     lambdas = _lambdas(axs[0].twinx(), courses) if courses else []
     shown = {m: styles[m] for m,h in runs.items() if h[terms].notna().any(axis=None)}
-    return _legend(fig, [*_handles(shown), *lambdas])
+    return _legend(fig, _handles(shown) + lambdas)
 
 def _terms(history):
     "Columns with the values of relation terms, L_TP first"
@@ -163,8 +175,10 @@ def _lambdas(ax, courses):
     for i,(points,methods) in enumerate(courses.items()):
         style = dict(color='.4', ls=_dashes[i % 4], lw=2)
         epochs,values = zip(*points)
-        ax.plot([e + 1 for e in epochs], values, marker='.' if len(points) == 1 else '', **style)
-        handles.append(_handle('λ' if len(courses) == 1 else f'λ of {", ".join(methods)}', **style))
+        marker = '.' if len(points) == 1 else ''
+        ax.plot([e + 1 for e in epochs], values, marker=marker, **style)
+        name = 'λ' if len(courses) == 1 else f'λ of {", ".join(methods)}'
+        handles.append(_handle(name, **style))
     ax.set_ylabel('λ', rotation=0, labelpad=8)
     ax.set_ylim(0, None)
     return handles
@@ -184,8 +198,9 @@ def plot_eps(
     styles = _styles(frames)
     for m,f in frames.items():
         f = f.sort_values('eps')
-        ax.plot(f.eps, 100*f.accuracy, clip_on=False, zorder=3, **styles[m])
-        if 'low' in f: ax.fill_between(f.eps, 100*f.low, 100*f.high, color=styles[m]['color'], alpha=.15, lw=0)
+        style = styles[m]
+        ax.plot(f.eps, 100*f.accuracy, clip_on=False, zorder=3, **style)
+        if 'low' in f: ax.fill_between(f.eps, 100*f.low, 100*f.high, color=style['color'], alpha=.15, lw=0)
     ax.set(xlabel='ε, pixels in [0,1]', ylabel='accuracy, %', ylim=(0, None))
     _pixel_ticks(ax, 255*pd.concat(f.eps for f in frames.values()))
     return _legend(fig, _handles(styles))
@@ -195,7 +210,8 @@ def _pixel_ticks(ax, levels):
     if (levels - levels.round()).abs().max() >= 1e-6: return
     candidates = MaxNLocator(6, steps=[1, 2, 4, 8, 10], integer=True).tick_values(0, levels.max())
     ticks = [t for t in candidates if 0 <= t <= levels.max()]
-    ax.set_xticks([t/255 for t in ticks], [f'{t:.0f}/255' if t else '0' for t in ticks])
+    labels = [f'{t:.0f}/255' if t else '0' for t in ticks]
+    ax.set_xticks([t/255 for t in ticks], labels)
 
 # %% ../../nbs/runs/plots.ipynb #83baa1c4
 def plot_tradeoff(
@@ -212,8 +228,8 @@ def plot_tradeoff(
     styles = {m: dict(style, ms=8, mew=1.6) for m,style in _styles(rows).items()}
     means = {m: (100*r.natural.mean(), 100*r.robust.mean()) for m,r in rows.items()}
     for m,r in rows.items():
-        bars = dict(xerr=_error(r, 'natural', seeds), yerr=_error(r, 'robust', seeds))
-        ax.errorbar(*means[m], ls='', elinewidth=.8, capsize=2, **bars, **styles[m])
+        xerr,yerr = _error(r, 'natural', seeds),_error(r, 'robust', seeds)
+        ax.errorbar(*means[m], xerr=xerr, yerr=yerr, ls='', elinewidth=.8, capsize=2, **styles[m])
         if f'{m}+train' in rows: _arrow(ax, means[m], means[f'{m}+train'], styles[m]['color'])
     ax.set(xlabel='natural accuracy, %', ylabel='robust accuracy, %')
     ax.margins(.12)
@@ -222,11 +238,15 @@ def plot_tradeoff(
 
 def _error(rows, name, seeds):
     "Lengths of an error bar in %"
-    if seeds: return 100*rows[name].std()
-    if f'{name}_low' in rows: return [100*(rows[name] - rows[f'{name}_low']), 100*(rows[f'{name}_high'] - rows[name])]
+    share = rows[name]
+    if seeds: return 100*share.std()
+    if f'{name}_low' not in rows: return None
+    low,high = rows[f'{name}_low'],rows[f'{name}_high']
+    return [100*(share - low), 100*(high - share)]
 
 def _arrow(ax, start, end, color):
-    ax.annotate('', end, start, arrowprops=dict(arrowstyle='->', color=color, shrinkA=7, shrinkB=7))
+    style = dict(arrowstyle='->', color=color, shrinkA=7, shrinkB=7)
+    ax.annotate('', end, start, arrowprops=style)
 
 def _bars_mean(points, seeds):
     if seeds: return 'bars: standard deviation over seeds'
@@ -238,7 +258,8 @@ def plot_topology(
 ) -> Figure:
     "Topology scores against the number of neighbours"
     scores = _scores(scores)
-    return _plot_scores({kind: {label: s[kind] for label,s in scores.items()} for kind in _kinds}, 'neighbours k')
+    natural,robust = ({label: s[kind] for label,s in scores.items()} for kind in _kinds)
+    return _plot_scores(dict(natural=natural, robust=robust), 'neighbours k')
 
 def plot_strength(
     scores:dict, # `{value: {'natural': {k: score in [0,1]}, 'robust': {k: score}}}`
@@ -271,10 +292,12 @@ def _plot_scores(lines, xlabel):
     fig,axs = _panels(2)
     styles = _styles(lines['natural'])
     for ax,(kind,title) in zip(axs, _kinds.items()):
-        for label,line in lines[kind].items():
+        by_label = lines[kind]
+        for label,line in by_label.items():
             xs = sorted(line)
-            ax.plot(xs, [100*line[x] for x in xs], **styles[label])
-        ticks = sorted(set().union(*lines[kind].values()))
+            ys = [100*line[x] for x in xs]
+            ax.plot(xs, ys, **styles[label])
+        ticks = sorted(set().union(*by_label.values()))
         ax.set(title=title, xlabel=xlabel, ylabel='topology score, %', xticks=ticks)
     return _legend(fig, _handles(styles))
 
@@ -302,8 +325,9 @@ def plot_tsne(
         _tsne_panel(ax, f, chosen, _rows_of(label, f, chosen, n, seed), seed)
         _tsne_titles(ax, label, f)
     colors = [_handle(_name(classes, c), ls='', marker='s', color=f'C{i}') for i,c in enumerate(chosen)]
-    kinds = [_handle('natural', ls='', marker='o', color='.3', ms=4), _handle('adversarial', ls='', marker='x', color='.3', ms=5)]
-    return _legend(fig, colors + kinds)
+    natural = _handle('natural', ls='', marker='o', color='.3', ms=4)
+    adversarial = _handle('adversarial', ls='', marker='x', color='.3', ms=5)
+    return _legend(fig, [*colors, natural, adversarial])
 
 def _name(names, i): return str(int(i) if names is None else names[int(i)])
 
@@ -325,8 +349,10 @@ def _rows_of(label, f, chosen, n, seed):
 
 def _tsne_panel(ax, f, chosen, rows, seed):
     from sklearn.manifold import TSNE
-    both = torch.cat([f[k].detach().cpu().float()[rows] for k in ('natural', 'adversarial')]).numpy()
-    nat,adv = TSNE(perplexity=min(30, (len(both) - 1)/3), random_state=seed).fit_transform(both).reshape(2, -1, 2)
+    both = torch.cat([f[k].detach().cpu().float()[rows] for k in ('natural', 'adversarial')])
+    perplexity = min(30, (len(both) - 1)/3)
+    tsne = TSNE(perplexity=perplexity, random_state=seed)
+    nat,adv = tsne.fit_transform(both.numpy()).reshape(2, -1, 2)
     colors = [f'C{i}' for i in torch.searchsorted(chosen, f['y'].cpu()[rows])]
     ax.scatter(*nat.T, s=12, c=colors, marker='o', lw=0, alpha=.8)
     ax.scatter(*adv.T, s=14, c=colors, marker='x', lw=.8)
@@ -336,8 +362,12 @@ def _tsne_titles(ax, label, f):
     "Label, and below it natural accuracy in red and robust accuracy in blue"
     natural,robust = 'natural_accuracy' in f,'robust_accuracy' in f
     ax.set_title(label + '\n'*(natural or robust))
-    if natural: ax.set_title(f'natural {100*f["natural_accuracy"]:.1f} %', loc='left', color='red', fontsize=9)
-    if robust: ax.set_title(f'{f.get("attack", "PGD-20")} {100*f["robust_accuracy"]:.1f} %', loc='right', color='blue', fontsize=9)
+    if natural:
+        title = f'natural {100*f["natural_accuracy"]:.1f} %'
+        ax.set_title(title, loc='left', color='red', fontsize=9)
+    if robust:
+        title = f'{f.get("attack", "PGD-20")} {100*f["robust_accuracy"]:.1f} %'
+        ax.set_title(title, loc='right', color='blue', fontsize=9)
 
 # %% ../../nbs/runs/plots.ipynb #461a671b
 def _check_features(label, f):
@@ -370,8 +400,11 @@ def plot_images(
     for m,(x_adv,probs,preds) in attacked.items():
         _image_row(next(rows), f'perturbation\n×{factor:.3g}', .5 + factor*(x_adv - x))
         titles = [f'{_name(vocab, pred)}\n{100*prob:.0f} %' for prob,pred in zip(probs, preds)]
-        _image_row(next(rows), m, x_adv, titles, [_colors[2] if right else _colors[1] for right in preds == y])
+        colors = [_right_color if right else _wrong_color for right in preds == y]
+        _image_row(next(rows), m, x_adv, titles, colors)
     return fig
+
+_right_color,_wrong_color = _colors[2],_colors[1] # green, red
 
 def _attacked(model, x, y, attack, seed):
     "Adversarial images, with probabilities and predictions"

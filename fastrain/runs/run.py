@@ -35,7 +35,8 @@ class Run:
         self.settings = _read_settings(self.out/'settings.json') if settings is None else settings
         self.recipe,self.methods = self.settings['recipe'],self.settings['methods']
         if path: self.recipe = replace(self.recipe, path=str(path))
-        self._names,self._parsed,self._models = {},{},{}
+        self._names,self._parsed = {},{} # by method
+        self._models = {} # by folder
         self._load = functools.lru_cache(2)(_read_checkpoint) # the last and the best epoch of a method
 
     def __repr__(self): return f'Run({str(self.out)!r}: {", ".join(self.methods)})'
@@ -64,7 +65,9 @@ def _read_settings(file) -> dict: # 'recipe', 'methods', 'environment'
         return dict(saved, recipe=_recipe(saved['recipe']), methods=list(saved['methods']))
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{file} is damaged or of another version: {e!r}') from e
 
-def _recipe(settings): return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k,v in settings.items()}) # JSON has no tuples
+def _recipe(settings):
+    "JSON has no tuples"
+    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k,v in settings.items()})
 
 def _read_checkpoint(file) -> dict:
     "What a checkpoint has of models, without the optimizer's state"

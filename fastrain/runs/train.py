@@ -24,7 +24,9 @@ from ..training.checkpoint import Checkpoint
 class History(Callback):
     "A row per epoch in `history.csv`, with the seconds that training took"
     order = TrackerCallback.order+2 # after the recorder, before `Checkpoint` saves its state
-    def __init__(self, path, method): self.path,self.method,self.seconds = Path(path),method,[]
+    def __init__(self, path, method):
+        self.path,self.method = Path(path),method
+        self.seconds = []
     def state_dict(self): return dict(seconds=self.seconds)
     def load_state_dict(self, state): self.seconds = list(state['seconds'])
     def before_train(self): self.start = time.perf_counter()
