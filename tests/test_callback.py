@@ -132,8 +132,8 @@ def test_no_gradient_from_adversarial_loss_to_standard_model(robust):
 
 # --- M' is what it would be alone
 
-@pytest.mark.parametrize('robust', losses)
-@pytest.mark.parametrize('standard', ['module', 'name'])
+@pytest.mark.parametrize('robust, standard', [('at', 'module'), ('trades', 'module'), ('at', 'name'),
+                                              pytest.param('trades', 'name', marks=pytest.mark.slow)])
 def test_lam_0_is_plain_adversarial_training(robust, standard):
     std = net(2) if standard == 'module' else 'resnet10t_16'
     cb = TRAINCallback(std, robust=losses[robust](), attack=quick(), lam=0)

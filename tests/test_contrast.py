@@ -233,8 +233,8 @@ def fit(relation, robust=AT, std=None, n_epoch=1, lr=3e-3, cbs=(), attack=None, 
 
 def small(**kwargs): return CRD(**{'k':24, 'dim':16, **kwargs})
 
-@pytest.mark.parametrize('robust', [AT, TRADES])
-@pytest.mark.parametrize('policy', ['cotrained', 'frozen'])
+@pytest.mark.parametrize('robust, policy', [(AT, 'cotrained'), (TRADES, 'frozen'), pytest.param(AT, 'frozen', marks=pytest.mark.slow),
+                                            pytest.param(TRADES, 'cotrained', marks=pytest.mark.slow)])
 def test_trains(robust, policy):
     "With the term in the loss, less of it is left than where the embeddings alone learn"
     def std(): return Frozen(net(2)) if policy == 'frozen' else net(2)

@@ -18,6 +18,8 @@ from fastrain.training.schedules import torch_sgd
 from fastrain.pieces.strategies import Strategy
 from fastrain.pieces.weights import AWP
 
+def slow(*params): return pytest.param(*params, marks=pytest.mark.slow)
+
 EPS = .16 # a unit of .02
 WIDTH = dict(at=30, trades=21, awp=22)
 
@@ -443,7 +445,7 @@ def test_tells_images_apart():
 
 # --- in training
 
-@pytest.mark.parametrize('variant', _variants)
+@pytest.mark.parametrize('variant', ['at', slow('trades'), slow('awp')])
 def test_trains(variant):
     learn = learner(96, 16, **pieces(variant, interval=4, lr=.01))
     las = learn.train_cb.strategy
@@ -478,7 +480,7 @@ def test_state_round_trip():
         assert same(a.strategy.state_dict(), b.strategy.state_dict()) and a.strategy._iter == b.strategy._iter
     with pytest.raises(ValueError, match='does not fit Net'): ready(**pieces('at')).strategy.load_state_dict(a.strategy.state_dict())
 
-@pytest.mark.parametrize('variant', _variants)
+@pytest.mark.parametrize('variant', ['awp', slow('at'), slow('trades')])
 def test_resumed(tmp_path, variant):
     "Stopped after two of three epochs and continued in a learner of other weights; updates on batches 0, 4 and 8, 3 are an epoch"
     def build(seed):

@@ -244,7 +244,7 @@ def test_module_and_lr_find():
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=6, show_plot=False)
     assert same(before, snapshot(module(learn))) and same(opt, learn.train_cb._side.opt.state_dict()['state'])
 
-@pytest.mark.parametrize('opt_func', [Adam, torch_sgd])
+@pytest.mark.parametrize('opt_func', [torch_sgd, pytest.param(Adam, marks=pytest.mark.slow)])
 def test_module_resumed(tmp_path, opt_func):
     whole,parts = check(tmp_path, with_module, opt_func=opt_func)
     a,b = (learn.train_cb for learn in (whole, parts))

@@ -397,6 +397,7 @@ def test_run_with_a_pretrained_model(pretrained, tmp_path):
     record, = train_run(tmp_path/'run', tiny(standard=pretrained[0]), ['at+train'], 'cpu')
     assert 0 < figure(record['last'], 'l_tp') < 100 and record['anchor']
 
+@pytest.mark.slow
 def test_run_without_a_schedule_of_lambda(tmp_path):
     train_run(tmp_path/'run', tiny(warmup=0), ['at+train:weight=3'], 'cpu')
     assert (tmp_path/'run'/'report.md').is_file()
@@ -470,6 +471,7 @@ def test_averaged_weights(run, dls):
     assert 'averaged weights' in (run/'report.md').read_text()
     assert list(results_table(results, 'best').index) == ['standard', 'at+ema', 'at+train']
 
+@pytest.mark.slow
 def test_averaged_weights_evaluated_again(copied):
     again = evaluate_run(copied, ('natural',), device='cpu')
     assert [('average' in r) for r in again] == [False, True, False]

@@ -49,6 +49,7 @@ def test_train_step_as_standard_model(name):
     train_one_step(create_backbone('resnet10t_16', 10), TRAINCallback(standard, robust=TRADES(), attack=PGD(steps=1)), one_batch())
     assert changed(standard, before) > .9*len(before)
 
+@pytest.mark.slow
 def test_models_may_differ_in_everything_but_the_batch():
     "A ViT of 192 features beside a MobileNet of 1024, on 64-pixel images"
     dls = one_batch(size=64)

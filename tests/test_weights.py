@@ -105,8 +105,11 @@ settings = dict(default_at=('at', AWP(), .01, 0), default_trades=('trades', AWP(
                 large_trades=('trades', AWP(.1, 0), .1, 0),
                 late_at=('at', AWP(.1, 1, of=None), .1, 1), never=('at', AWP(.1, 2, of=None), .1, 2))
 
-@pytest.mark.parametrize('lam', [0., 5.])
-@pytest.mark.parametrize('name', settings)
+together = { # all of them, and each λ
+    'default_at': 5., 'default_trades': 5., 'large_at': 0., 'large_trades': 5., 'late_at': 0., 'never': 5.}
+every = [pytest.param(name, lam, marks=() if together[name] == lam else pytest.mark.slow) for name in settings for lam in (0., 5.)]
+
+@pytest.mark.parametrize('name, lam', every)
 def test_equals_the_published_loop(name, lam):
     robust,awp,gamma,first = settings[name]
     main,std = published(robust, gamma, first, lam)
