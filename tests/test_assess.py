@@ -254,6 +254,7 @@ def test_shell_interrupted(run, monkeypatch):
     monkeypatch.setattr(cli, 'evaluate_run', stop)
     with pytest.raises(SystemExit, match='The same command goes on'): shell(monkeypatch, 'evaluate', run)
 
+@pytest.mark.slow
 def test_shell_with_own_pieces(run, tmp_path, monkeypatch, capsys):
     "Models are evaluated and compared without what they were trained with"
     (tmp_path/'own.py').write_text('from fastrain.pieces.losses import AT\nclass Mine(AT): key = "mine_of_the_shell"\n')
