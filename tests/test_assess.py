@@ -23,7 +23,7 @@ from fastrain.runs.run import Run, checkpoint_in_run
 from fastrain.runs.train import train_run
 
 METHODS = 'standard', 'at', 'at+train'
-TINY = dict(epochs=1, steps=1, warmup=1, n_train=100, n_test=60, bs=32, n_valid=10, seed=3)
+TINY = dict(epochs=1, steps=1, warmup=1, n_train=100, n_test=40, bs=32, n_valid=10, seed=3)
 def tiny(**kwargs): return make_recipe(**TINY | kwargs)
 
 @pytest.fixture(scope='module')
@@ -55,7 +55,7 @@ def test_training_leaves_everything(runs):
     assert {f.name for f in run.out.iterdir()} == {
         'checkpoints', 'curves.png', 'relation.png', 'tradeoff.png', 'images.png', 'evaluation',
         'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json'}
-    for m in METHODS: assert len(pd.read_csv(run.evaluation_folder(m)/'per_image.csv')) == 60
+    for m in METHODS: assert len(pd.read_csv(run.evaluation_folder(m)/'per_image.csv')) == 40
 
 def test_evaluate_run(run):
     "More attacks, subsets and sizes; the record, the table by image and the report say the same"
@@ -86,7 +86,7 @@ def test_bad_requests(run):
     before = sorted(str(f) for f in run.rglob('*'))
     for kwargs,match in (
             (dict(attacks=['pdg20']), 'pdg'), (dict(eps='300'), 'larger than the whole range'), (dict(pictures=['tnse']), 'tsne'),
-            (dict(methods=['mart']), 'not in this run, which has standard'), (dict(n=10**6), 'only 60')):
+            (dict(methods=['mart']), 'not in this run, which has standard'), (dict(n=10**6), 'only 40')):
         with pytest.raises(ValueError, match=match): evaluate_run(run, device='cpu', progress=False, **kwargs)
     with pytest.raises(FileNotFoundError, match='--images'): rescore_run(run, 'cpu')
     with pytest.raises(ValueError, match='averaged weights'): evaluate_run(run, device='cpu', which=['average'], progress=False)
@@ -229,7 +229,7 @@ def test_report_without_evaluation(run):
 
 def test_shell_evaluates_a_run(run, monkeypatch, capsys):
     shell(monkeypatch, 'evaluate', run, '--attacks', 'natural,pgd2,noise', '--n', 20, '--images', '--which', 'last',
-          '--device', 'cpu', '--pictures', 'tradeoff')
+          '--method', 'at,at+train', '--device', 'cpu', '--pictures', 'tradeoff')
     out = capsys.readouterr().out
     assert re.search(r'at\+train +natural', out) and 'PGD-2' in out and 'balanced-20-' in out and 'report.html' in out
     shell(monkeypatch, 'evaluate', run, '--rescore', '--device', 'cpu')
@@ -254,19 +254,22 @@ def test_shell_interrupted(run, monkeypatch):
     monkeypatch.setattr(cli, 'evaluate_run', stop)
     with pytest.raises(SystemExit, match='The same command goes on'): shell(monkeypatch, 'evaluate', run)
 
+@pytest.mark.slow
 def test_shell_with_own_pieces(run, tmp_path, monkeypatch, capsys):
     "Models are evaluated and compared without what they were trained with"
     (tmp_path/'own.py').write_text('from fastrain.pieces.losses import AT\nclass Mine(AT): key = "mine_of_the_shell"\n')
     monkeypatch.setattr(fastrain.runs.evaluate, 'draw_pictures', lambda *args: None)
-    shell(monkeypatch, 'train', '--resume', '--out', run, '--load', tmp_path/'own.py', '--method', 'mine_of_the_shell', '--device', 'cpu')
+    shell(monkeypatch, 'train', '--resume', '--out', run, '--load', tmp_path/'own.py',
+          '--method', 'mine_of_the_shell', '--device', 'cpu')
     from fastrain.pieces.losses import RobustLoss
     RobustLoss.registry.pop('mine_of_the_shell') # as in a new process, and for the tests after this one
-    shell(monkeypatch, 'evaluate', run, '--attacks', 'natural', '--n', 20, '--which', 'last', '--device', 'cpu')
+    shell(monkeypatch, 'evaluate', run, '--attacks', 'natural', '--n', 20, '--which', 'last',
+          '--method', 'at,mine_of_the_shell', '--device', 'cpu')
     shell(monkeypatch, 'compare', run, '--out', tmp_path/'compared')
     assert 'mine_of_the_shell' in capsys.readouterr().out
 
 def test_compare_after_an_evaluation_of_the_best_alone(run, tmp_path):
-    evaluate_run(run, ['natural'], device='cpu', n=20, which=['best'], progress=False)
+    evaluate_run(run, ['natural'], device='cpu', n=20, methods=['at'], which=['best'], progress=False)
     assert list(compare_runs([run], tmp_path/'out').index) == list(METHODS)
 
 def test_shell_compares(runs, tmp_path, monkeypatch, capsys):
@@ -301,7 +304,7 @@ def test_shell_with_own_attack_measure_and_picture(run, tmp_path, monkeypatch, c
     (tmp_path/'own.py').write_text(OWN_ATTACK)
     try:
         shell(monkeypatch, 'evaluate', run, '--attacks', 'natural,halve-of-the-shell,sure-of-the-shell', '--n', 20, '--which', 'last',
-              '--pictures', 'tradeoff,blank_of_the_shell', '--device', 'cpu', '--load', tmp_path/'own.py')
+              '--method', 'at,at+train', '--pictures', 'tradeoff,blank_of_the_shell', '--device', 'cpu', '--load', tmp_path/'own.py')
         shell(monkeypatch, 'compare', run, '--out', tmp_path/'compared', '--load', tmp_path/'own.py')
         assert 'Halving' in capsys.readouterr().out
         page,compared = (run/'report.md').read_text(),(tmp_path/'compared'/'report.md').read_text()
