@@ -1,7 +1,7 @@
 """Other libraries as oracle: the same attack on the same net and images must give the same images, the same counts the same interval
 
-They are no dependencies of fastrain: `pip install foolbox adversarial-robustness-toolbox statsmodels && pip install --no-deps torchattacks`,
-then `pytest -m peers`. A test whose library is missing is skipped.
+They are no dependencies of fastrain: `pip install foolbox adversarial-robustness-toolbox statsmodels`,
+`pip install --no-deps torchattacks`, then `pytest -m peers`. A test whose library is missing is skipped.
 """
 import copy
 import importlib
@@ -265,7 +265,7 @@ def check_as_often(mine, other):
     open_ = var > 0
     assert open_.sum() >= 6, f'only {int(open_.sum())} images are broken by some starts and not by others: nothing is tested'
     z = (mine - other).sum()/var.sum().sqrt()
-    assert z.abs() < 4, f'{int(mine.sum())} images broken in {SEEDS} runs, the other library breaks {int(other.sum())}: {z:.1f} standard deviations'
+    assert z.abs() < 4, f'{int(mine.sum())} images broken, {int(other.sum())} by the other library: {z:.1f} standard deviations apart'
     n,chi2 = int(open_.sum()),((mine - other)[open_]**2/var[open_]).sum().item()
     assert chi2 < n + 4*math.sqrt(2*n) + 4, f'chi² = {chi2:.1f} over {n} images: other images are broken than by the other library'
 
@@ -277,7 +277,7 @@ def my_breaks(model, norm, x, y):
     return breaks(lambda x, y: attack(model, x, y), model, x, y)
 
 def test_torchattacks_random_starts(torchattacks, trained):
-    x,y = images(360)
+    x,y = images(120)
     eps,alpha,steps = RANDOM['linf']
     attack = torchattacks.PGD(trained, eps=eps, alpha=alpha, steps=steps)
     seed_all(99)
@@ -289,7 +289,7 @@ def test_torchattacks_random_starts(torchattacks, trained):
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_foolbox_random_starts(foolbox, trained, norm):
-    x,y = images(360)
+    x,y = images(120)
     eps,alpha,steps = RANDOM[norm]
     attack = fool_pgd(foolbox, dict(linf='Linf', l2='L2')[norm], steps, alpha)
     def run(x, y):
@@ -298,7 +298,7 @@ def test_foolbox_random_starts(foolbox, trained, norm):
     check_as_often(my_breaks(trained, norm, x, y), breaks(run, trained, x, y))
 
 def test_art_random_starts(adversarial_robustness_toolbox, trained):
-    x,y = images(360)
+    x,y = images(120)
     eps,alpha,steps = RANDOM['linf']
     attack = art_pgd(adversarial_robustness_toolbox, trained, np.inf, eps, alpha, steps, 1)
     check_as_often(my_breaks(trained, 'linf', x, y), breaks(lambda x, y: art_images(attack, x, y), trained, x, y))
@@ -310,7 +310,7 @@ def official(lib, model, x, y, eps, norm='Linf', only=None, version='standard', 
     if only: adversary.attacks_to_run = [only]
     return adversary.run_standard_evaluation(x, y, batch_size=len(x))[0]
 
-@pytest.mark.parametrize('norm,eps,n', [('linf', 14/255, 48), ('l2', 1., 32)])
+@pytest.mark.parametrize('norm,eps,n', [('linf', 14/255, 16), ('l2', 1., 8)])
 def test_autoattack(pyautoattack, trained, norm, eps, n):
     x,y = images(n)
     mine = named_attack('aa', eps, norm=norm)(trained, x, y)
@@ -319,13 +319,12 @@ def test_autoattack(pyautoattack, trained, norm, eps, n):
 
 @pytest.mark.parametrize('name,version', [('aa-rand', 'rand'), ('aa-plus', 'plus')])
 def test_autoattack_versions(pyautoattack, trained, name, version):
-    x,y = images(12)
+    x,y = images(6)
     mine = named_attack(name, 14/255)(trained, x, y)
     assert torch.equal(mine, official(pyautoattack, trained, x, y, 14/255, version=version))
 
 @pytest.mark.parametrize('name', ['apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square'])
-@pytest.mark.parametrize('seed', [0, 7])
-def test_single_attacks_of_autoattack(pyautoattack, trained, name, seed):
+def test_single_attacks_of_autoattack(pyautoattack, trained, name, seed=7):
     x,y = images(16)
     mine = named_attack(name, 16/255, seed=seed)(trained, x, y)
     assert torch.equal(mine, official(pyautoattack, trained, x, y, 16/255, only=name, seed=seed))
@@ -356,7 +355,8 @@ def test_mcnemar(statsmodels_tables, first, second):
 
 def test_mean_spread():
     rng = np.random.default_rng(0)
-    df = pd.DataFrame(dict(method=np.repeat(['at', 'trades', 'at+train'], [5, 2, 1]), natural=rng.uniform(40, 60, 8), pgd20=rng.normal(30, 5, 8)))
+    method = np.repeat(['at', 'trades', 'at+train'], [5, 2, 1])
+    df = pd.DataFrame(dict(method=method, natural=rng.uniform(40, 60, 8), pgd20=rng.normal(30, 5, 8)))
     table = mean_spread(df, 'method')
     for method,rows in df.groupby('method'):
         for column in ('natural', 'pgd20'):
