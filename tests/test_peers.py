@@ -248,7 +248,7 @@ def test_art_l2(adversarial_robustness_toolbox, trained, eps):
 
 # --- random starts: the same images are broken as often
 
-SEEDS = 40
+SEEDS = 20
 
 def breaks(attack, model, x, y):
     "How often each image is broken by `attack(x, y)`"
@@ -277,7 +277,7 @@ def my_breaks(model, norm, x, y):
     return breaks(lambda x, y: attack(model, x, y), model, x, y)
 
 def test_torchattacks_random_starts(torchattacks, trained):
-    x,y = images(120)
+    x,y = images(360)
     eps,alpha,steps = RANDOM['linf']
     attack = torchattacks.PGD(trained, eps=eps, alpha=alpha, steps=steps)
     seed_all(99)
@@ -289,7 +289,7 @@ def test_torchattacks_random_starts(torchattacks, trained):
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_foolbox_random_starts(foolbox, trained, norm):
-    x,y = images(120)
+    x,y = images(360)
     eps,alpha,steps = RANDOM[norm]
     attack = fool_pgd(foolbox, dict(linf='Linf', l2='L2')[norm], steps, alpha)
     def run(x, y):
@@ -298,7 +298,7 @@ def test_foolbox_random_starts(foolbox, trained, norm):
     check_as_often(my_breaks(trained, norm, x, y), breaks(run, trained, x, y))
 
 def test_art_random_starts(adversarial_robustness_toolbox, trained):
-    x,y = images(120)
+    x,y = images(360)
     eps,alpha,steps = RANDOM['linf']
     attack = art_pgd(adversarial_robustness_toolbox, trained, np.inf, eps, alpha, steps, 1)
     check_as_often(my_breaks(trained, 'linf', x, y), breaks(lambda x, y: art_images(attack, x, y), trained, x, y))
