@@ -310,24 +310,24 @@ def official(lib, model, x, y, eps, norm='Linf', only=None, version='standard', 
     if only: adversary.attacks_to_run = [only]
     return adversary.run_standard_evaluation(x, y, batch_size=len(x))[0]
 
-@pytest.mark.parametrize('norm,eps,n', [('linf', 14/255, 16), ('l2', 1., 8)])
+@pytest.mark.parametrize('norm,eps,n', [('linf', 14/255, 12), ('l2', 2., 8)])
 def test_autoattack(pyautoattack, trained, norm, eps, n):
     x,y = images(n)
     mine = named_attack('aa', eps, norm=norm)(trained, x, y)
     assert torch.equal(mine, official(pyautoattack, trained, x, y, eps, dict(linf='Linf', l2='L2')[norm]))
-    assert 0 < broken(trained, mine, y).sum() < n
+    assert broken(trained, mine, y).sum() > broken(trained, x, y).sum()
 
 @pytest.mark.parametrize('name,version', [('aa-rand', 'rand'), ('aa-plus', 'plus')])
 def test_autoattack_versions(pyautoattack, trained, name, version):
     x,y = images(6)
-    mine = named_attack(name, 14/255)(trained, x, y)
-    assert torch.equal(mine, official(pyautoattack, trained, x, y, 14/255, version=version))
+    mine = named_attack(name, 20/255)(trained, x, y)
+    assert torch.equal(mine, official(pyautoattack, trained, x, y, 20/255, version=version))
 
 @pytest.mark.parametrize('name', ['apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square'])
 def test_single_attacks_of_autoattack(pyautoattack, trained, name, seed=7):
-    x,y = images(16)
-    mine = named_attack(name, 16/255, seed=seed)(trained, x, y)
-    assert torch.equal(mine, official(pyautoattack, trained, x, y, 16/255, only=name, seed=seed))
+    x,y = images(8)
+    mine = named_attack(name, 24/255, seed=seed)(trained, x, y)
+    assert torch.equal(mine, official(pyautoattack, trained, x, y, 24/255, only=name, seed=seed))
     assert broken(trained, mine, y).sum() > broken(trained, x, y).sum()
 
 # --- statistics
