@@ -383,22 +383,25 @@ def cyclic():
     return state
 
 def waiting_pipe():
-    "A pipe nobody writes to, in a folder of images; it is closed after a second, as a thread that waits for it cannot be stopped"
+    "A pipe nobody writes to, in a folder of images; it is closed once somebody waits for it, as a waiting thread cannot be stopped"
     with tempfile.TemporaryDirectory() as root:
         pipe = folder(Path(root))/'train'/'a'/'x.png'
         os.mkfifo(pipe)
-        hung = threading.Event()
+        done,hung = threading.Event(),threading.Event()
         def close():
-            try: os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)) # works only where somebody reads
-            except OSError: return
-            hung.set()
-        timer = threading.Timer(1, close)
-        timer.start()
+            while not done.wait(.2):
+                try: os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)) # works only where somebody waits
+                except OSError: continue
+                hung.set()
+        closer = threading.Thread(target=close)
+        closer.start()
         try: read(Path(root), cache=False)
         except ValueError as e:
             if hung.is_set(): raise Hang('waits for a pipe') from e # the error of reading it once it was closed
             raise
-        finally: timer.cancel()
+        finally:
+            done.set()
+            closer.join()
 
 NESTED = 'maximum recursion depth|^$' # a MemoryError of the parser has no text
 KNOWN = [
@@ -422,7 +425,7 @@ KNOWN = [
           'training.methods._literal: literal_eval of deeply nested text'),
     Known('state', AttributeError, 'startswith', lambda: clean_state_dict({1: WEIGHT}),
           'models.backbone.clean_state_dict: names that are no strings'),
-    Known('state', Hang, 'no answer', lambda: clean_state_dict(cyclic()),
+    Known('state', Hang, 'no answer', lambda: obeys(lambda: clean_state_dict(cyclic()), seconds=1),
           'models.backbone.clean_state_dict: a dictionary that holds itself'),
     Known('weights', RuntimeError, 'loading state_dict|NestedTensor', lambda: load_odd('meta'),
           'models.backbone.load_weights: sparse, meta and nested tensors, when part of the weights is loaded already'),
@@ -443,7 +446,7 @@ def read_strange(strange):
 
 @pytest.mark.parametrize('fault', KNOWN, ids=lambda k: f'{k.area}: {k.reason}'[:60])
 def test_known_faults_are_there_still(fault):
-    try: obeys(fault.probe, seconds=1)
+    try: obeys(fault.probe)
     except BaseException as e:
         if fault.explains(fault.area, e): return
         raise
