@@ -99,14 +99,14 @@ anything = st.one_of(numbers, st.none(), st.booleans(), st.complex_numbers(), st
 LONG_SIZES = ['1'*4000, '1'*5000, '1'*5000 + '/255', '8/' + '9'*400]
 size_text = st.one_of(st.text(max_size=12), st.text('0123456789./eE-+_ naif', max_size=14), st.sampled_from(LONG_SIZES))
 
-@fuzz(100, 5000, s=st.one_of(size_text, anything))
+@fuzz(100, 1500, s=st.one_of(size_text, anything))
 def test_sizes(s): size_is_float(s)
 
 def size_is_float(s):
     res = fuzzed('size', lambda: parse_eps(s), wrong_kind=not isinstance(s, str))
     assert res is None or type(res) is float
 
-@fuzz(50, 2000, a=st.floats(0, 1e3), b=st.integers(1, 1000))
+@fuzz(50, 1000, a=st.floats(0, 1e3), b=st.integers(1, 1000))
 def test_fractions_are_read(a, b):
     assert parse_eps(f'{a!r}/{b}') == a/b
     assert parse_eps(a) == parse_eps(repr(a)) == a
@@ -128,7 +128,7 @@ def accepted_number(value, **kwargs):
 
 def _is_flag(v): return isinstance(v, (bool, np.bool_)) or isinstance(v, Tensor) and v.dtype == torch.bool
 
-@fuzz(150, 20_000, value=anything, kwargs=bounds)
+@fuzz(150, 2000, value=anything, kwargs=bounds)
 def test_numbers(value, kwargs):
     res = fuzzed('number', lambda: accepted_number(value, **kwargs))
     if res is None: return
@@ -152,13 +152,13 @@ def made_attack(parse, name, **kwargs):
     assert '\n' not in name, 'a name with a line break was accepted'
     return res
 
-@fuzz(150, 10_000, name=attack_names, norm=st.sampled_from(['linf', 'l2', 'l1', '']))
+@fuzz(150, 1500, name=attack_names, norm=st.sampled_from(['linf', 'l2', 'l1', '']))
 def test_names_of_attacks(name, norm):
     for parse in parsers(): fuzzed('attack', lambda: made_attack(parse, name, norm=norm))
 
 ATTACKS = ['natural', 'noise', 'fgsm', 'pgd20', 'cw10-las', 'pgd5@4/255', 'aa', 'square', 'pgd2+fgsm']
 
-@fuzz(60, 3000, name=st.sampled_from(ATTACKS), eps=sizes, alpha=st.one_of(st.none(), sizes),
+@fuzz(60, 600, name=st.sampled_from(ATTACKS), eps=sizes, alpha=st.one_of(st.none(), sizes),
       norm=st.one_of(st.sampled_from(['linf', 'l2']), anything))
 def test_settings_of_attacks(name, eps, alpha, norm):
     for parse in parsers(): fuzzed('attack', lambda: made_attack(parse, name, eps=eps, alpha=alpha, norm=norm), wrong_kind=True)
@@ -181,7 +181,7 @@ piece_text = st.builds(_piece, st.sampled_from(piece_keys()), st.lists(settings_
 method_text = st.one_of(st.lists(piece_text, min_size=1, max_size=3).map('+'.join), st.text(max_size=12),
                         st.text("attrdes+:=,()[]*'{}$^\\ 0.β′∗−", max_size=24))
 
-@fuzz(150, 10_000, method=method_text)
+@fuzz(150, 1500, method=method_text)
 def test_methods(method):
     res = fuzzed('method', lambda: parse_method(method))
     if res is not None: assert parse_method(res.name).name == res.name, 'a canonical name is not its own canonical name'
@@ -211,7 +211,7 @@ leaves = st.one_of(st.just(WEIGHT), st.just(torch.nn.Parameter(WEIGHT)), st.samp
 states = st.recursive(st.dictionaries(state_keys, st.just(WEIGHT), max_size=4),
                       lambda inner: st.dictionaries(odd_keys, st.one_of(leaves, inner), max_size=3), max_leaves=6)
 
-@fuzz(200, 10_000, state=st.one_of(states, anything), keys=st.lists(state_keys, max_size=3))
+@fuzz(200, 1500, state=st.one_of(states, anything), keys=st.lists(state_keys, max_size=3))
 def test_state_dicts(state, keys):
     res = fuzzed('state', lambda: clean_state_dict(state, keys), wrong_kind=True, seconds=1)
     if not res: return
@@ -314,7 +314,7 @@ def _saved(pixels):
 
 def spoil(root, strange, where):
     try: STRANGE[strange](root/where)
-    except (FileExistsError, IsADirectoryError, FileNotFoundError): pass # two strange things of one name
+    except OSError: pass # two strange things of one name
 
 def read(root, cache=True):
     "All images of the folder"
@@ -329,7 +329,7 @@ def test_one_strange_thing_in_a_folder(tmp_path, strange, where):
 
 strange_thing = st.tuples(st.sampled_from(sorted(STRANGE)), st.sampled_from(['', 'train', 'train/a', 'test/b']))
 
-@fuzz(10, 400, things=st.lists(strange_thing, min_size=2, max_size=4), cache=st.booleans())
+@fuzz(10, 100, things=st.lists(strange_thing, min_size=2, max_size=4), cache=st.booleans())
 def test_several_strange_things_in_a_folder(things, cache):
     with tempfile.TemporaryDirectory() as root:
         folder(Path(root))
@@ -340,7 +340,7 @@ FORMATS = dict(png='PNG', jpg='JPEG', bmp='BMP', gif='GIF', webp='WEBP', ppm='PP
 change = st.tuples(st.sampled_from(['set', 'cut', 'insert']), st.integers(0, 399), st.sampled_from([0, 1, 127, 128, 255]))
 changes = st.lists(change, min_size=1, max_size=5)
 
-@fuzz(30, 3000, suffix=st.sampled_from(sorted(FORMATS)), changes=changes)
+@fuzz(30, 500, suffix=st.sampled_from(sorted(FORMATS)), changes=changes)
 def test_damaged_image(suffix, changes):
     data = bytearray(image_bytes(fmt=FORMATS[suffix]))
     for what,at,byte in changes: damage(data, what, at % max(1, len(data)), byte)
@@ -361,7 +361,7 @@ def test_names_of_data(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     fuzzed('data', lambda: get_dls(name, bs=3, device='cpu'), wrong_kind=not isinstance(name, str))
 
-@fuzz(10, 1000, holdout=st.one_of(st.just(0), anything), n_train=st.one_of(st.none(), numbers), bs=st.one_of(st.just(3), numbers))
+@fuzz(10, 100, holdout=st.one_of(st.just(0), anything), n_train=st.one_of(st.none(), numbers), bs=st.one_of(st.just(3), numbers))
 def test_numbers_of_images(holdout, n_train, bs):
     fuzzed('data', lambda: get_dls('digits', bs=bs, holdout=holdout, n_train=n_train, device='cpu'), wrong_kind=True)
 
@@ -371,7 +371,7 @@ def test_numbers_of_images(holdout, n_train, bs):
 class Known:
     "A fault: where it is, its error, and the smallest example"
     area:str
-    error:type
+    error:type # Or several
     match:str # In the error's text
     probe:callable
     reason:str
@@ -404,6 +404,7 @@ def waiting_pipe():
             closer.join()
 
 NESTED = 'maximum recursion depth|^$' # a MemoryError of the parser has no text
+UNCHECKED = 'infinity to integer|InvalidOperation|Boolean value|meta tensors'
 KNOWN = [
     Known('number', OverflowError, 'infinity to integer', lambda: accepted_number(math.inf, whole=True, infinite=True),
           'core.check_number: int(inf) where whole=True and infinite=True'),
@@ -435,8 +436,8 @@ KNOWN = [
           'data.pixels.as_rgb: opens a pipe named x.png and waits for ever'),
     Known('data', RuntimeError, 'home directory', lambda: get_dls('~nosuchuser/x', bs=3),
           'data.sources.find_source: expanduser of an unknown user'),
-    Known('data', OverflowError, 'infinity to integer', lambda: get_dls('digits', bs=3, holdout=math.inf, device='cpu'),
-          'data.sources._n_held: round(inf)'),
+    Known('data', (ArithmeticError, RuntimeError), UNCHECKED, lambda: get_dls('digits', bs=3, holdout=math.inf, device='cpu'),
+          'data.sources.split_rows: holdout is used before anything is checked (inf, Decimal NaN, tensors)'),
 ]
 
 def read_strange(strange):
