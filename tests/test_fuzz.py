@@ -30,8 +30,8 @@ from conftest import net
 from fastrain.attacks import named
 from fastrain.core import check_number, parse_eps
 from fastrain.data.sources import get_dls
-from fastrain.models.backbone import clean_state_dict, load_weights
-from fastrain.training.methods import families, parse_method
+from fastrain.models.loading import clean_state_dict, load_weights
+from fastrain.training.methods import parse_method, piece_families
 
 # --- the rule
 
@@ -169,7 +169,7 @@ def test_attacks_of_another_kind(name):
 
 # --- methods
 
-def piece_keys(): return sorted({k for family in families.values() for k in family.registry})
+def piece_keys(): return sorted({k for family in piece_families.values() for k in family.registry})
 
 PARAMETERS = ['beta', 'weight', 'confidence', 'begin', 'lam', 'warmup', 'of', 'gamma', 'decay', 'detach', 'variant', 'k', 'dim', 'T',
               'queue', 'temperature', 'momentum', 'interval', 'lr', 'breaks', 'noise', 'first', 'last', 'start', 'end', 'ce', 'x', '']
@@ -191,9 +191,9 @@ def own_settings(piece):
     if piece.__init__ is object.__init__: return []
     return [p for p in inspect.signature(piece.__init__).parameters if p not in ('self', 'kwargs', 'standard')]
 
-@pytest.mark.parametrize('axis', sorted(set(families) - {'policy'}))
+@pytest.mark.parametrize('axis', sorted(set(piece_families) - {'policy'}))
 def test_every_setting_of_every_piece(axis):
-    for key,piece in families[axis].registry.items():
+    for key,piece in piece_families[axis].registry.items():
         for name in own_settings(piece):
             for value in ('nan', '-1', 'inf', "'a'", '()', '9'*400): fuzzed('method', lambda: parse_method(f'{key}:{name}={value}'))
 
@@ -425,11 +425,11 @@ KNOWN = [
     Known('method', (RecursionError, MemoryError), NESTED, lambda: parse_method(f'at:confidence={"~"*5000}1'),
           'training.methods._literal: literal_eval of deeply nested text'),
     Known('state', AttributeError, 'startswith', lambda: clean_state_dict({1: WEIGHT}),
-          'models.backbone.clean_state_dict: names that are no strings'),
+          'models.loading.clean_state_dict: names that are no strings'),
     Known('state', Hang, 'no answer', lambda: obeys(lambda: clean_state_dict(cyclic()), seconds=1),
-          'models.backbone.clean_state_dict: a dictionary that holds itself'),
+          'models.loading.clean_state_dict: a dictionary that holds itself'),
     Known('weights', RuntimeError, 'loading state_dict|NestedTensor', lambda: load_odd('meta'),
-          'models.backbone.load_weights: sparse, meta and nested tensors, when part of the weights is loaded already'),
+          'models.loading.load_weights: sparse, meta and nested tensors, when part of the weights is loaded already'),
     Known('folder', Image.DecompressionBombError, 'exceeds limit', lambda: read_strange('huge'),
           'data.pixels.as_rgb: not among the errors it catches'),
     Known('folder', Hang, 'pipe', waiting_pipe,
