@@ -63,6 +63,18 @@ def _plain(o):
     if isinstance(o, (list, tuple)): return [_plain(x) for x in o]
     return getattr(o, '__name__', None) or repr(o)
 
+# %% ../nbs/core.ipynb #c0e0001a
+def shown(o) -> str:
+    "`o` as a message shows it, cut if it is long"
+    try: text = repr(o)
+    except ValueError: return 'a number of thousands of digits' # Python writes no more than 4,300
+    return text if len(text) <= 100 else f'{text[:100]}...'
+
+def check_name(kind:str, name) -> str:
+    "`name` if it can be the name of a `kind`, or a `ValueError`"
+    if isinstance(name, str) and len(name) <= 1000: return name
+    raise ValueError(f'{kind} {shown(name)}: expected a name of at most 1000 characters')
+
 # %% ../nbs/core.ipynb #c0e00011
 def check_number(
     name:str, # What the value is called where the user gave it, for the message
@@ -93,25 +105,15 @@ def _as_number(value):
 
 def _as_whole(value):
     "`value` as an int, nan if it is no whole number; not by way of a float, which has 53 bits"
-    return int(value) if _as_number(value).is_integer() and int(value) == value else math.nan
+    if not _as_number(value).is_integer(): return math.nan
+    exact = value.item() if isinstance(value, Tensor) else value
+    return int(exact) if int(exact) == exact else math.nan
 
 def _within(number, at_least, above, at_most, below):
     if at_least is not None and number < at_least: return False
     if above is not None and number <= above: return False
     if at_most is not None and number > at_most: return False
     return below is None or number < below
-
-# %% ../nbs/core.ipynb #eecd1c3a
-def shown(o) -> str:
-    "`o` as a message shows it, cut if it is long"
-    try: text = repr(o)
-    except ValueError: return 'a number of thousands of digits' # Python writes no more than 4,300
-    return text if len(text) <= 100 else f'{text[:100]}...'
-
-def check_name(kind:str, name) -> str:
-    "`name` if it can be the name of a `kind`, or a `ValueError`"
-    if isinstance(name, str) and len(name) <= 1000: return name
-    raise ValueError(f'{kind} {shown(name)}: expected a name of at most 1000 characters')
 
 # %% ../nbs/core.ipynb #3e7d0f80
 def parse_eps(
