@@ -434,7 +434,8 @@ def test_faults_that_there_were(i):
     with time_limit(20), pytest.raises((ValueError, OSError), match=match): call()
 
 def test_whole_numbers_stay_exact():
-    for n in (2**60 + 1, np.int64(2**60 + 1), torch.tensor(2**60 + 1), Fraction(2**60 + 1)): assert check_number('n', n, whole=True) == 2**60 + 1
+    for n in (2**60 + 1, np.int64(2**60 + 1), torch.tensor(2**60 + 1), Fraction(2**60 + 1)):
+        assert check_number('n', n, whole=True) == 2**60 + 1
 
 @pytest.mark.parametrize('cache', [True, False])
 def test_names_that_are_not_utf8(tmp_path, cache):
