@@ -63,6 +63,18 @@ def _plain(o):
     if isinstance(o, (list, tuple)): return [_plain(x) for x in o]
     return getattr(o, '__name__', None) or repr(o)
 
+# %% ../nbs/core.ipynb #c0e0001a
+def shown(o) -> str:
+    "`o` as a message shows it, cut if it is long"
+    try: text = repr(o)
+    except ValueError: return 'a number of thousands of digits' # Python writes no more than 4,300
+    return text if len(text) <= 100 else f'{text[:100]}...'
+
+def check_name(kind:str, name) -> str:
+    "`name` if it can be the name of a `kind`, or a `ValueError`"
+    if isinstance(name, str) and len(name) <= 1000: return name
+    raise ValueError(f'{kind} {shown(name)}: expected a name of at most 1000 characters')
+
 # %% ../nbs/core.ipynb #c0e00011
 def check_number(
     name:str, # What the value is called where the user gave it, for the message
@@ -77,20 +89,25 @@ def check_number(
     what:str='number' # What is expected, for the message: 'learning rate', 'number of epochs'
 ) -> float: # An int if `whole`
     "`value` as a float, or a `ValueError` that says what was expected"
-    number = _as_number(value)
+    number = _as_whole(value) if whole else _as_number(value)
     possible = math.isfinite(number) or (infinite and math.isinf(number))
-    if possible and whole: possible = number.is_integer()
-    if possible and _within(number, at_least, above, at_most, below): return int(number) if whole else number
+    if possible and _within(number, at_least, above, at_most, below): return number
     given = (('≥', at_least), ('>', above), ('≤', at_most), ('<', below))
     bounds = [f'{sign} {bound:g}' for sign,bound in given if bound is not None]
-    raise ValueError(f'{name}={value!r}: expected a {"whole " if whole else ""}{what} {" and ".join(bounds)}'.rstrip())
+    raise ValueError(f'{name}={shown(value)}: expected a {"whole " if whole else ""}{what} {" and ".join(bounds)}'.rstrip())
 
 def _as_number(value):
     "`value` as a float, nan if it is no number"
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.generic, Tensor)): return math.nan
-    if isinstance(value, (str, bytes)): return math.nan # NumPy's strings are `np.generic`, too
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)): return math.nan
+    if isinstance(value, Tensor) and (value.dtype == torch.bool or value.is_complex()): return math.nan
     try: return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError): return math.nan
+
+def _as_whole(value):
+    "`value` as an int, nan if it is no whole number; not by way of a float, which has 53 bits"
+    if not _as_number(value).is_integer(): return math.nan
+    exact = value.item() if isinstance(value, Tensor) else value
+    return int(exact) if int(exact) == exact else math.nan
 
 def _within(number, at_least, above, at_most, below):
     if at_least is not None and number < at_least: return False
@@ -103,10 +120,13 @@ def parse_eps(
     s # `'8/255'`, `'0.031'` or a number
 ) -> float: # in pixel units, images being in [0,1]
     "A size such as `'8/255'` as a float"
-    numerator,_,denominator = str(s).partition('/')
-    try: return float(numerator)/float(denominator or 1)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f'{s!r} is not a size: write a fraction such as 8/255 or a number such as 0.031') from None
+    try:
+        text = str(s)
+        numerator,_,denominator = text.partition('/')
+        size = float(numerator)/float(denominator or 1)
+        if text.isascii() and text.isprintable() and 0 <= size < math.inf: return size
+    except (ValueError, ZeroDivisionError): pass
+    raise ValueError(f'{shown(s)} is not a size: write a fraction such as 8/255 or a number such as 0.031')
 
 # %% ../nbs/core.ipynb #c4b54c7f
 @contextmanager

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .autoattack import AutoAttack, OfficialAttack
 from .pgd import FGSM, PGD, Plan, random_noise
 from .worst import WorstCase
-from ..core import Registered, lookup, parse_eps
+from ..core import Registered, check_name, check_number, lookup, parse_eps
 
 # %% ../../nbs/attacks/named.ipynb #0ea9c885
 class WhileRight(PGD):
@@ -71,6 +71,7 @@ class PGDKind(AttackKind):
 
     def make(self, *, eps, alpha, norm, steps, convention, **_):
         how = self.conventions.get(convention, PGDConvention())
+        eps = check_number('eps', eps, above=0, what='size in pixel units (such as 8/255)')
         if alpha is None: alpha = how.share*eps
         return how.attack(eps, alpha, steps, norm=norm, objective=self.objective, start=how.start)
 
@@ -147,7 +148,7 @@ def _split_name(name):
     base,at,size = name.partition('@')
     if at: parse_eps(size)
     for key in sorted(AttackKind.registry, key=len, reverse=True):
-        rest = re.fullmatch(rf'{re.escape(key)}(\d*)(?:-([a-z_]+))?', base)
+        rest = re.fullmatch(rf'{re.escape(key)}([0-9]*)(?:-([a-z_]+))?', base)
         if rest: return _checked_name(base, key, rest[1], rest[2] or '', size)
     lookup(base.rstrip('0123456789'), AttackKind.registry, 'attack') # an error that says which are near
 
@@ -170,7 +171,7 @@ def parse_attack(
     seed:int=0 # Of AutoAttack
 ) -> NamedAttack:
     "The attack that papers call so, with what its name says"
-    if '+' in name: return _parse_worst_case(name, eps, alpha, norm, seed)
+    if '+' in check_name('attack', name): return _parse_worst_case(name, eps, alpha, norm, seed)
     parts = _split_name(name)
     if parts.size: eps = parse_eps(parts.size)
     if parts.size or parts.convention: alpha = None

@@ -23,6 +23,7 @@ def list_images(
         found = sorted(n for n in names if _is_image(n))
         if found: _check_home(path, Path(folder), found[0], homes)
         elif not subfolders: raise ValueError(f'There are no images in {folder}: fill or remove this folder')
+        for n in found: _check_file(Path(folder)/n)
         files += [Path(folder)/n for n in found]
     labels = [f.parent.name for f in files]
     return files, labels
@@ -33,13 +34,22 @@ def _check_home(path, home, image, homes):
     "Is `home` a class folder below `path`, and the only one of its name?"
     if home == Path(path):
         raise ValueError(f'There are images directly in {path}, {image} for one: put them into one folder per class')
+    if any('\ud800' <= c <= '\udfff' for c in home.name): # which stand for bytes that are no text
+        raise ValueError(f'The name of the folder {str(home)!r} is not UTF-8, and so no name of a class: rename it')
     first = homes.setdefault(home.name, home)
     if first != home: raise ValueError(f'Two folders have the class name {home.name!r}: {first} and {home}')
+
+def _check_file(path):
+    "Only files are opened: reading a pipe waits for ever"
+    if path.is_file(): return
+    raise ValueError(f'Cannot read the image {path}: it is no regular file but a folder, pipe, socket, device or broken link. '
+                     'Remove it, or give it another suffix.')
 
 def images_in(folder:Path) -> list: # of paths, sorted
     "The images that lie in one folder; none is an error"
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _extensions) if folder.is_dir() else []
     if not files: raise ValueError(f'There are no images in {folder}')
+    for f in files: _check_file(f)
     return files
 
 # %% ../../nbs/data/folders.ipynb #d1b00007

@@ -6,6 +6,8 @@
 __all__ = ['pick_balanced', 'split_rows']
 
 # %% ../../nbs/data/parts.ipynb #d1a00003
+import numbers
+
 import numpy as np
 
 from ..core import check_number
@@ -41,6 +43,8 @@ def split_rows(
     y = np.asarray(y)
     res = {part: np.asarray(rows) for part,rows in parts.items()}
     if holdout is None: holdout = 0 if 'valid' in res else .1
+    is_count = isinstance(holdout, numbers.Integral)
+    holdout = check_number('holdout', holdout, whole=is_count, what='share of the training images, or number of them')
     if holdout: res['train'],res['valid'] = _hold_out(y, res, holdout, seed)
     if len(res) == 1:
         raise ValueError('There are no images to validate on, no folder valid, val or test: '

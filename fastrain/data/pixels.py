@@ -36,6 +36,8 @@ def as_rgb(
     "`o` as an 8-bit RGB image"
     if isinstance(o, (np.ndarray, Tensor)): o = Image.fromarray(_as_uint8(o))
     try: return _open_image(o).convert('RGB')
+    except Image.DecompressionBombError as e:
+        raise ValueError(f'Cannot read the image {o}: it is too large ({e}). Scale it down first.') from e
     except (OSError, SyntaxError, ValueError) as e:
         raise ValueError(f'Cannot read the image {o}: {e}. If it came from a download, fetch it again.') from e
 
@@ -129,7 +131,7 @@ def _fingerprint(files, size, kwargs):
     key = hashlib.sha1(repr((tuple(size), sorted(kwargs.items()))).encode())
     for f in files:
         stat = os.stat(f)
-        key.update(f'{os.path.abspath(f)}|{stat.st_size}|{stat.st_mtime_ns}\n'.encode())
+        key.update(os.fsencode(f'{os.path.abspath(f)}|{stat.st_size}|{stat.st_mtime_ns}\n')) # names need not be UTF-8
     return key.hexdigest()
 
 # %% ../../nbs/data/pixels.ipynb #0abfb3f8

@@ -50,7 +50,7 @@ def _tiny_test(folder):
         file,wnid,*_ = line.split()
         files.append(folder/'images'/file)
         names.append(wnid)
-    here = {f.name for f in (folder/'images').iterdir()}
+    here = {f.name for f in (folder/'images').iterdir() if f.is_file()}
     missing = [f.name for f in files if f.name not in here]
     if missing: raise ValueError(f'{len(missing)} images are missing in {folder/"images"}, {missing[0]} for one')
     return files, names
@@ -95,7 +95,7 @@ def _find_source(name, path=None):
     "The `DataSource` of a name or folder, and the folder to read; `path` is a local copy of a named data set"
     name = str(name)
     if name in SOURCES: return SOURCES[name], _locate(name, SOURCES[name], path)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name)) # leaves ~ and an unknown user as they are
     like_a_folder = folder.exists() or folder.is_absolute() or os.sep in name or name[:1] in '.~'
     if path is not None or not like_a_folder: lookup(name, SOURCES, 'data set')
     if not folder.is_dir():
@@ -106,7 +106,7 @@ def _locate(name, source, path):
     "The folder of a named data set: the local copy, or else fastai's download, which happens once"
     if source.url is None: return None
     if path is None: return _download(name, source)
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.exists(): raise FileNotFoundError(f'There is no {path}. For {name} it has to hold {source.layout}.')
     return path
 
@@ -181,7 +181,7 @@ def get_dls(
     what = 'number of images (a relation compares each with the others of its batch)'
     bs = check_number('bs', bs, at_least=3, whole=True, what=what)
     if img_size is not None:
-        img_size = check_number('img_size', img_size, at_least=8, whole=True, what='side in pixels')
+        img_size = check_number('img_size', img_size, at_least=8, at_most=4096, whole=True, what='side in pixels')
     source,path = _find_source(name, path)
     parts,vocab = source.read(path)
     _check_parts(parts, vocab, source, path or name)

@@ -76,7 +76,7 @@ def create_backbone(
     "The timm model `name` on images in [0,1]"
     _check_name(name)
     n_classes = check_number('n_classes', n_classes, at_least=2, whole=True, what='number of classes')
-    img_size = check_number('img_size', img_size, at_least=8, whole=True, what='height and width in pixels')
+    img_size = check_number('img_size', img_size, at_least=8, at_most=4096, whole=True, what='height and width in pixels')
     if (mean is None) != (std is None): raise ValueError('mean and std go together: give both or neither')
     if small_images is None: small_images = img_size <= 64 and not pretrained
     if pretrained and mean is None: mean,std = _published_normalisation(name)

@@ -8,6 +8,7 @@ __all__ = ['clean_state_dict', 'load_weights']
 # %% ../../nbs/models/loading.ipynb #d1e00003
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ..core import load_tensors
@@ -23,16 +24,21 @@ def clean_state_dict(
 ) -> dict: # `{name: tensor}`
     "The state dict in `state` without wrappings: outer dictionaries, prefixes, the unused block of published WRNs"
     state = _innermost(state)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not state or not all(_is_named_tensor(*item) for item in state.items()):
         raise ValueError('There is no state dict in it: expected named tensors, '
                          f'possibly inside one of {", ".join(_wrappers)}')
     while prefix := _foreign_prefix(state, keys):
         state = {k.removeprefix(prefix): v for k,v in state.items()}
     return {k: v for k,v in state.items() if not k.startswith(_unused) or k in keys}
 
+def _is_named_tensor(name, value): return isinstance(name, str) and isinstance(value, Tensor)
+
 def _innermost(state):
     "What is in the dictionaries around a state dict"
+    seen = set()
     while isinstance(state, Mapping):
+        if id(state) in seen: raise ValueError('There is no state dict in it: a dictionary holds itself. Save model.state_dict()')
+        seen.add(id(state))
         inner = [state[k] for k in _wrappers if isinstance(state.get(k), Mapping)]
         if not inner: break
         state = inner[0]
@@ -62,7 +68,10 @@ def load_weights(
     return model
 
 def _check_fit(want, state, msg):
-    "A `ValueError` that begins with `msg` if `state` lacks weights of `want`, has others, or of another shape"
+    "A `ValueError` that begins with `msg` if `state` lacks weights of `want`, has others, or of another shape or kind"
+    odd = [k for k in want if k in state and not _is_plain(state[k])]
+    if odd: raise ValueError(f'{msg}: {_some(odd, "sparse, nested, quantized, complex or without values")}. '
+                             'Save it with dense real tensors')
     missing = [k for k in want if k not in state and not k.endswith('num_batches_tracked')]
     unknown = [k for k in state if k not in want]
     misshapen = [f'{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}'
@@ -73,6 +82,10 @@ def _check_fit(want, state, msg):
     if not missing and not unknown and len(misshapen) <= 2:
         hint = 'Only the last layer differs: was it trained for another number of classes?'
     raise ValueError(f'{msg}: {"; ".join(filter(None, parts))}. {hint}')
+
+def _is_plain(t):
+    "Can `t` be copied into a weight?"
+    return t.layout == torch.strided and not (t.is_nested or t.is_meta or t.is_quantized or t.is_complex())
 
 def _some(names, what):
     "How many there are, and the first three; nothing for none"

@@ -111,6 +111,7 @@ class GAIRAT(RobustLoss):
         shape:str='tanh' # How weights depend on κ: 'tanh', 'sigmoid', or 'linear', which does not use Λ
     ):
         check_number('begin', begin, at_least=0, infinite=True, what='number of epochs')
+        if of is not None: check_number('of', of, above=0, what='number of epochs')
         self.begin,self.of = begin,of
         self.lam = check_number('lam', lam, above=-math.inf, infinite=True)
         self.shape,self._log_omega = shape,lookup(shape, _gairat_shapes, 'shape')

@@ -88,6 +88,7 @@ class SAT(Strategy):
         self.first = published_first if first is None else first
         self.last = published_last if last is None else last
         check_number('first', self.first, at_least=0, what='number of full epochs')
+        check_number('last', self.last, at_least=0, infinite=True, what='number of full epochs')
         if not self.last > self.first: raise ValueError(f'last={self.last!r}: expected more than first={self.first}')
         if of is not None: check_number('of', of, above=0, what='number of epochs')
         self.of,self.shape = of,shape

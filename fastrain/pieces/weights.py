@@ -74,6 +74,7 @@ class AWP(Perturbation):
     ):
         if gamma is not None: check_number('gamma', gamma, at_least=0)
         if warmup is not None: check_number('warmup', warmup, at_least=0)
+        if of is not None: check_number('of', of, above=0, what='number of epochs')
         self.gamma,self.warmup,self.of = gamma,warmup,of
         self._taken_back()
 

@@ -124,7 +124,7 @@ def recipe_dls(r:Recipe, device=None):
 
 def _holdout(holdout):
     "A float of 1 or more that is whole is a number of images"
-    return int(holdout) if holdout and holdout >= 1 and holdout == int(holdout) else holdout
+    return int(holdout) if isinstance(holdout, float) and holdout >= 1 and holdout.is_integer() else holdout
 
 def recipe_backbone(r:Recipe, dls, name:str=None):
     "A backbone of a recipe for its data"

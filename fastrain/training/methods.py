@@ -16,7 +16,7 @@ import fastrain.pieces.crd # CRD enters its family
 import fastrain.pieces.las # and LAS
 from fastcore.docments import docments
 
-from ..core import lookup
+from ..core import check_name, lookup
 from ..pieces.losses import RobustLoss
 from ..pieces.relations import Relation
 from ..pieces.strategies import Strategy
@@ -63,7 +63,7 @@ def canonical(
 ) -> str: # Pieces joined by +, such as 'at+train+frozen'
     "The pieces that a method's name stands for"
     if isinstance(method, Method): return method.name
-    typed = _of_the_printer.sub('', method).translate(_plain_signs)
+    typed = _of_the_printer.sub('', check_name('method', method)).translate(_plain_signs)
     typed = _in_brackets.sub(r':\1', typed)
     return '+'.join(_row_or_piece(part) for part in typed.split('+'))
 
@@ -134,7 +134,7 @@ def _value(text):
     if text.lower() in ('true', 'false', 'none'): text = text.capitalize()
     for read in (ast.literal_eval, float): # float for inf
         try: return read(text)
-        except (ValueError, SyntaxError): pass
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError): pass # the last two: deeply nested
     return text
 
 # %% ../../nbs/training/methods.ipynb #b68463f9
