@@ -1,5 +1,5 @@
 """Builds the site: `pip install -e '.[docs]' && python docs/build.py`. It is then in docs/_build/html"""
-import argparse, os, shutil, subprocess, sys, time
+import argparse, ast, os, re, shutil, subprocess, sys, time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -14,7 +14,6 @@ source,site = build/'source',build/'html'
 
 def run_nbdev(workers):
     "Process all notebooks as `nbdev-proc-nbs` does, without its attempt to install Quarto"
-    from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     os.chdir(pages.root)
     proc_nbs(n_workers=workers)
@@ -50,7 +49,7 @@ class Anchors(HTMLParser):
 
 def dead_links():
     "Links inside the site that lead nowhere"
-    found = {f: Anchors(f) for f in site.rglob('*.html')}
+    found = {f: Anchors(f) for f in site.rglob('*.html') if '_static' not in f.parts}
     return [f'{f.relative_to(site)}: {link}' for f,page in found.items() for link in page.links if not alive(f, link, found)]
 
 def alive(file, link, found):
@@ -69,6 +68,20 @@ def unnamed(found):
     return [f'{p.module}.{n}' for p in found.values() for n in p.public if f'{p.module}.{n}' not in described]
 
 
+def stale_messages():
+    "Messages on the page of questions that the code does not have; `…` there stands for any value"
+    shown = re.findall(r':class: message\n(.*?)\n```', (pages.docs/'questions.md').read_text(encoding='utf-8'), re.S)
+    known = [t for f in (pages.root/'fastrain').rglob('*.py') for t in texts(ast.parse(f.read_text(encoding='utf-8')))]
+    parts = {s: [p.strip() for p in s.split('…') if len(p.strip()) > 5] for s in shown}
+    return [s for s,ps in parts.items() if not any(all(p in t for p in ps) for t in known)]
+
+def texts(tree):
+    "Strings of a module, with `…` for each value that is filled in"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr): yield ''.join(v.value if isinstance(v, ast.Constant) else '…' for v in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str): yield node.value
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='Processes')
@@ -84,6 +97,7 @@ def main():
     say('Sphinx')
     run_sphinx(args.workers)
     wrong = [f'dead link in {o}' for o in dead_links()] + [f'no page describes {o}' for o in unnamed(found)]
+    wrong += [f'docs/questions.md shows a message that the code does not have: {o}' for o in stale_messages()]
     if wrong: sys.exit('\n'.join(wrong))
     say(f'{len(list(site.rglob("*.html")))} pages in {site.relative_to(pages.root)}: no warning, no dead link, every public name described')
 

@@ -56,6 +56,7 @@ python_use_unqualified_type_names = True
 maximum_signature_line_length = 90
 toc_object_entries_show_parents = 'hide'
 default_role = 'code'
+smartquotes = False # quotes are Python's more often than not
 
 def _known():
     "`{name: full name}` of what the notebooks document, for names that are not ambiguous"
@@ -81,7 +82,7 @@ def _literal(part):
 def _type_name(annotation):
     if annotation in (None, empty, type(None)): return ''
     name = annotation if isinstance(annotation, str) else getattr(annotation, '__name__', '')
-    return name if re.fullmatch(r'[A-Za-z_]+', name) else ''
+    return name if re.fullmatch(r'[A-Za-z_]+', name) and name not in ('DefaultValue', 'builtin_function_or_method') else ''
 
 def with_arguments(app, what, name, obj, options, lines):
     "Under a docstring: the comments that stand beside the arguments in the source (fastcore's docments)"

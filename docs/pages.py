@@ -6,6 +6,8 @@ from pathlib import Path
 from fastcore.script import anno_parser
 import yaml
 
+import pictures
+
 docs = Path(__file__).resolve().parent
 root = docs.parent
 proc = root/'_proc' # where nbdev leaves its pages
@@ -243,6 +245,8 @@ def lesson_pages(pages):
         if groups.get(folder) or folder == 'learn': result[f'{folder}/index'] = lesson_list(folder, title, groups.get(folder, []))
     sections = [f'{title} </{f}/index>' for f,title in lessons.items() if f'{f}/index' in result]
     entries = [*sections, 'Reference </reference/index>', 'Results </results>', 'Questions </questions>', 'Contribute </contribute>']
+    result['index'] = result['index'].replace('<!-- tradeoff -->', pictures.tradeoff_text())
+    for mark,text in pictures.costs().items(): result['questions'] = result['questions'].replace(mark, text)
     result['index'] += '\n' + toctree(entries)
     return result
 
