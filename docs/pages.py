@@ -64,7 +64,8 @@ class Page:
         cells = [self._head(), *self._body(pages)]
         if left := [n for n in self.public if n not in self._shown]: cells.append(markdown('## Also here\n\n' + block('\n'.join(map(self._data, left)))))
         for i,cell in enumerate(cells): cell['id'] = f'cell-{i}'
-        metadata = dict(self.nb['metadata'], kernelspec=dict(name='python3', display_name='Python 3', language='python'))
+        kernel = dict(name='python3', display_name='Python 3', language='python')
+        metadata = dict(kernelspec=kernel, source_map=list(range(len(cells)))) # by default cell 100 begins at line 1,000,000, and rst pads up to there
         file = folder/f'{self.name}.ipynb'
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(dict(self.nb, cells=cells, metadata=metadata, nbformat=4, nbformat_minor=5), ensure_ascii=False), encoding='utf-8')
