@@ -36,7 +36,7 @@ html_css_files = ['site.css']
 html_js_files = ['sort.js']
 html_favicon = html_logo = str(here/'static'/'logo.svg')
 html_copy_source = html_show_sourcelink = False
-html_sidebars = {'index': []}
+html_sidebars = {page: [] for page in ('index', 'results', 'questions', 'contribute', 'search', 'genindex', 'py-modindex')}
 html_theme_options = dict(
     logo=dict(text='fastrain', alt_text='fastrain, to the first page'),
     navbar_start=['navbar-logo', 'site_version'], header_links_before_dropdown=7, show_nav_level=2, navigation_depth=4,
@@ -56,7 +56,7 @@ python_use_unqualified_type_names = True
 maximum_signature_line_length = 90
 toc_object_entries_show_parents = 'hide'
 default_role = 'code'
-smartquotes = False # quotes are Python's more often than not
+smartquotes_action = 'D' # only dashes: quotes are Python's more often than not
 
 def _known():
     "`{name: full name}` of what the notebooks document, for names that are not ambiguous"

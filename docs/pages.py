@@ -109,7 +109,7 @@ class Page:
         o = self.public[name]
         if inspect.isclass(o) or inspect.isfunction(o): return f'.. auto{"class" if inspect.isclass(o) else "function"}:: {self.module}.{name}\n'
         said = re.search(rf'^{name}\s*=.*?\s#\s*(.+)$', inspect.getsource(importlib.import_module(self.module)), re.M)
-        keys = ', '.join(map(str, o)) if isinstance(o, (dict, set)) and len(o) <= 40 else ''
+        keys = ', '.join(map(str, o)) if isinstance(o, (dict, set)) and len(o) <= 40 else '' # its keys tell what a registry holds
         words = '. '.join(filter(None, [said and said[1].rstrip(':'), keys])) or 'A constant of the module'
         return f'.. py:data:: {name}\n\n   {re.sub(r"([*_|`])", chr(92) + chr(92) + "1", words)}\n'
 
@@ -180,17 +180,22 @@ def reference_pages(pages):
 def alone(folder, pages): return [p.name for p in pages] == [folder]
 def entry(folder, pages): return f'{folder} </{folder}>' if alone(folder, pages) else f'{folder} </{folder}/index>'
 
+def wing_title(folder):
+    "Such as 'attacks: the adversary'"
+    words = wings.get(folder, 'modules')
+    return folder if words.lower() == folder else f'{folder}: {words[0].lower()}{words[1:]}'
+
 def wing_page(folder, pages):
     rows = [f'| [{p.title}](/{p.name}.ipynb) | {p.subtitle} |' for p in pages]
-    return '\n'.join([f'# {folder}: {wings.get(folder, "").lower() or "modules"}', '', '| module | what it is for |', '| --- | --- |', *rows, '',
+    return '\n'.join([f'# {wing_title(folder)}', '', '| module | what it is for |', '| --- | --- |', *rows, '',
         toctree([f'{p.title} </{p.name}>' for p in pages])])
 
 def reference_page(groups):
     cards = []
     for f,ps in groups.items():
         link = f'/{f}' if alone(f, ps) else f'/{f}/index'
-        body = ps[0].subtitle if alone(f, ps) else ', '.join(f'[{p.title}](/{p.name}.ipynb)' for p in ps)
-        cards.append(f':::{{grid-item-card}} {f}: {wings.get(f, "").lower()}\n:link: {link}\n:link-type: doc\n\n{body if alone(f, ps) else ", ".join(p.title for p in ps)}\n:::')
+        body = ps[0].subtitle if alone(f, ps) else ', '.join(p.title for p in ps)
+        cards.append(f':::{{grid-item-card}} {wing_title(f)}\n:link: {link}\n:link-type: doc\n\n{body}\n:::')
     text = (docs/'reference.md').read_text(encoding='utf-8')
     entries = ['names', 'commands', 'pieces', *(entry(f, ps) for f,ps in groups.items())]
     return text.replace('<!-- wings -->', '::::{grid} 1 1 2 3\n:gutter: 2\n\n' + '\n'.join(cards) + '\n::::') + '\n' + toctree(entries)
@@ -198,12 +203,12 @@ def reference_page(groups):
 def names_page(groups):
     lines = ['# All public names', '', 'After `from fastrain.all import *` all of them are at hand. A name leads to its description.', '']
     for f,ps in groups.items():
-        lines += [f'## {f}: {wings.get(f, "").lower()}', '', '| name | what it is | module |', '| --- | --- | --- |']
-        lines += [f'| {{py:obj}}`{n} <{p.module}.{n}>` | {cell(summary(o))} | [{p.title}](/{p.name}.ipynb) |' for p in ps for n,o in p.public.items()]
+        lines += [f'## {wing_title(f)}', '', '| name | what it is |', '| --- | --- |']
+        lines += [f'| {{py:obj}}`{n} <{p.module}.{n}>` | {cell(summary(o))} |' for p in ps for n,o in p.public.items()]
         lines.append('')
     return '\n'.join(lines)
 
-def summary(o): return first_line(o) if inspect.isclass(o) or inspect.isfunction(o) else ''
+def summary(o): return first_line(o) if inspect.isclass(o) or inspect.isfunction(o) else 'A constant'
 def cell(text): return text.replace('|', '\\|').replace('<', '&lt;').replace('*', '\\*')
 
 def commands_page():
@@ -217,7 +222,7 @@ def commands_page():
 
 def option(action):
     if action.dest in ('help', 'pdb', 'xtra'): return ''
-    words = re.sub(r'([\\*_|`<>])', r'\\\1', (action.help or '').replace('%%', '%'))
+    words = re.sub(r'([\\*_|`<>])', r'\\\1', (action.help or '').replace('%%', '%').removesuffix(' (default: False)'))
     words = re.sub(r'\\`(.+?)\\`', lambda m: '``' + re.sub(r'\\(.)', r'\1', m[1]) + '``', words)
     value = '' if action.nargs == 0 else f' {action.dest.upper()}'
     return f'.. option:: {action.option_strings[-1] if action.option_strings else action.dest.upper()}{value if action.option_strings else ""}\n\n   {words}\n'

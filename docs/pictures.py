@@ -1,5 +1,5 @@
 "Pictures of the site that no notebook holds, made from the records in bench/results and from the modules"
-import ast, json
+import ast, json, textwrap
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -30,16 +30,18 @@ def tradeoff_points(data):
     return {base: (point(base), point(f'{base}+train')) for base in names}
 
 def draw_tradeoff(ink):
-    fig,ax = plt.subplots(figsize=(7.2, 4), layout='constrained')
-    for base,(plain,train) in tradeoff_points(cifar()).items():
+    fig,ax = plt.subplots(figsize=(5, 2.9), layout='constrained')
+    points = tradeoff_points(cifar())
+    for base,(plain,train) in points.items():
         ax.annotate('', train, plain, arrowprops=dict(arrowstyle='-|>', color=train_colour, lw=1.8, shrinkA=5, shrinkB=5))
         ax.plot(*plain, 'o', color=base_colour, ms=8)
         ax.plot(*train, 'o', color=train_colour, ms=8)
-        ax.annotate(names[base], plain, (0, 9), textcoords='offset points', ha='center', color=ink, fontsize=10)
+        below = any(a[0] <= plain[0] <= b[0] and 0 < a[1] - plain[1] < 1.5 for a,b in points.values()) # an arrow passes where the name would be
+        ax.annotate(names[base], plain, (0, -15 if below else 8), textcoords='offset points', ha='center', color=ink, fontsize=9)
     ax.plot([], [], 'o', color=base_colour, label='without TRAIN')
     ax.plot([], [], 'o', color=train_colour, label='with TRAIN')
     ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, frameon=False, labelcolor=ink, borderaxespad=0, handletextpad=.2)
-    ax.margins(.1, .6)
+    ax.margins(.2, .4)
     ax.set_aspect('equal') # a point of one accuracy is as long as a point of the other
     ax.set_xlabel('accuracy on natural images, %', color=ink)
     ax.set_ylabel('accuracy under PGD-20, %', color=ink)
@@ -103,14 +105,15 @@ def draw_house(ink):
     level = heights(uses)
     rows = defaultdict(list)
     for wing,h in sorted(level.items()): rows[h].append(wing)
-    fig,ax = plt.subplots(figsize=(7.2, .8 + .62*len(rows)), layout='constrained')
+    fig,ax = plt.subplots(figsize=(5, .6*len(rows)), layout='constrained')
     for h,row in rows.items():
         width = 12/len(row)
         for i,wing in enumerate(row):
             ax.add_patch(plt.Rectangle((i*width + .1, h + .08), width - .2, .84, facecolor='#2f6690', edgecolor='none'))
-            ax.text((i + .5)*width, h + .62, wing, ha='center', va='center', color='white', fontsize=11, weight='bold')
+            ax.text((i + .5)*width, h + .68, wing, ha='center', va='center', color='white', fontsize=11, weight='bold')
             below = sorted(uses.get(wing, ()), key=lambda w: (level[w], w))
-            ax.text((i + .5)*width, h + .32, 'stands on ' + ', '.join(below) if below else 'stands alone', ha='center', va='center', color='white', fontsize=7.5)
+            words = textwrap.fill('on ' + ', '.join(below) if below else 'on nothing else', int(6*width))
+            ax.text((i + .5)*width, h + .32, words, ha='center', va='center', color='white', fontsize=7.5, linespacing=.95)
     ax.set(xlim=(0, 12), ylim=(0, len(rows)))
     ax.set_axis_off()
     return fig, ax
