@@ -9,7 +9,8 @@ from fastrain.all import *
 from pathlib import Path
 import torch
 assert 'site-packages' in fastrain.__file__, fastrain.__file__
-x = PGD(eps=.1, alpha=.05, steps=2)(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)), torch.rand(4, 3, 2, 2), torch.zeros(4).long())
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+x = PGD(eps=.1, alpha=.05, steps=2)(model, torch.rand(4, 3, 2, 2), torch.zeros(4).long())
 assert x.shape == (4, 3, 2, 2)
 '''
 line = 'train --epochs 1 --steps 1 --warmup 1 --n-train 100 --n-test 100 --method at+train --out'

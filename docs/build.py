@@ -32,8 +32,9 @@ def write_sources():
     return found
 
 def run_sphinx(workers):
-    command = [sys.executable, '-m', 'sphinx', '-b', 'html', '-W', '--keep-going', '-q', '-j', str(workers), '-c', str(pages.docs), '-d', str(build/'doctrees')]
-    subprocess.run([*command, str(source), str(site)], check=True)
+    command = [sys.executable, '-m', 'sphinx', '-b', 'html', '-W', '--keep-going', '-q', '-j', str(workers)]
+    if subprocess.run([*command, '-c', str(pages.docs), '-d', str(build/'doctrees'), str(source), str(site)]).returncode:
+        sys.exit('Sphinx has something to say, see above')
 
 
 class Anchors(HTMLParser):

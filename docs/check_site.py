@@ -2,7 +2,7 @@
 
 python docs/build.py && python docs/check_site.py --screenshots /tmp/screenshots
 """
-import argparse, contextlib, functools, http.server, os, shutil, sys, tempfile, threading, time
+import argparse, base64, contextlib, functools, http.server, shutil, sys, tempfile, threading, time
 from pathlib import Path
 
 from selenium import webdriver
@@ -35,7 +35,8 @@ def served(folder):
 def browser():
     chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
     driver = shutil.which('chromedriver')
-    if not (chromium and driver): sys.exit('There is no Chromium to look at the site with: apt-get update && apt-get install -y chromium chromium-driver')
+    if not (chromium and driver):
+        sys.exit('There is no Chromium to look at the site with: apt-get update && apt-get install -y chromium chromium-driver')
     with tempfile.TemporaryDirectory() as folder:
         options = webdriver.ChromeOptions()
         options.binary_location = chromium
@@ -63,7 +64,8 @@ class Reader:
     def here(self): return self.b.current_url.removeprefix(self.address)
     def expect(self, right, what):
         if not right: self.wrong.append(f'{self.here()}: {what}')
-    def width(self, w): self.b.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=w, height=900, deviceScaleFactor=1, mobile=w < 600))
+    def width(self, w):
+        self.b.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=w, height=900, deviceScaleFactor=1, mobile=w < 600))
 
     def look(self):
         "Is the page whole? Pictures loaded, formulas set, nothing wider than the window, nothing on the console"
@@ -92,19 +94,20 @@ class Reader:
             before = self.b.current_url
             self.b.execute_script('arguments[0].scrollIntoView({block: "center"})', found[0])
             found[0].click()
-            self.wait(lambda b: b.current_url != before and b.execute_script('return document.readyState === "complete"'), f'what is behind {selector}')
+            self.wait(lambda b: b.current_url != before, f'what is behind {selector}')
+            self.wait(lambda b: b.execute_script('return document.readyState === "complete"'), f'what is behind {selector} to load')
 
     def picture(self, file):
         "The whole page, as far as it is not endless"
         height = min(self.b.execute_script('return document.documentElement.scrollHeight'), 6000)
-        shot = self.b.execute_cdp_cmd('Page.captureScreenshot', dict(captureBeyondViewport=True, clip=dict(
-            x=0, y=0, width=self.b.execute_script('return window.innerWidth'), height=height, scale=1)))
-        import base64
+        clip = dict(x=0, y=0, width=self.b.execute_script('return window.innerWidth'), height=height, scale=1)
+        shot = self.b.execute_cdp_cmd('Page.captureScreenshot', dict(captureBeyondViewport=True, clip=clip))
         file.write_bytes(base64.b64decode(shot['data']))
 
-broken_pictures = '''return [...document.images].filter(i => i.getClientRects().length && !(i.complete && i.naturalWidth)).map(i => i.src)'''
-unset_formulas = '''return [...document.querySelectorAll(".math")].filter(m => !m.querySelector("mjx-container") || m.querySelector("mjx-merror"))
-    .map(m => m.textContent.slice(0, 80))'''
+broken_pictures = '''return [...document.images].filter(i => i.getClientRects().length && !(i.complete && i.naturalWidth))
+    .map(i => i.src)'''
+unset_formulas = '''return [...document.querySelectorAll(".math")]
+    .filter(m => !m.querySelector("mjx-container") || m.querySelector("mjx-merror")).map(m => m.textContent.slice(0, 80))'''
 too_wide = '''return [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 3)
     .map(e => e.tagName + "." + e.className)'''
 
@@ -148,7 +151,8 @@ def turn_dark(reader):
         button = [e for e in reader.b.find_elements(By.CSS_SELECTOR, 'button.theme-switch-button') if e.is_displayed()][0]
         button.click()
         if reader.b.execute_script('return document.documentElement.dataset.mode') == 'dark': break
-    reader.expect(reader.b.execute_script('return document.documentElement.dataset.theme') == 'dark', 'the button does not turn the page dark')
+    theme = reader.b.execute_script('return document.documentElement.dataset.theme')
+    reader.expect(theme == 'dark', f'the button turns the page {theme}, not dark')
     time.sleep(.5)
     reader.expect(reader.b.execute_script(ground) != light, 'dark mode has the background of light mode')
     reader.look()
@@ -189,6 +193,6 @@ def main():
         every_page(reader, 400)
         every_page(reader, 1300)
     if reader.wrong: sys.exit('\n'.join(reader.wrong))
-    print(f'The site is as it should be: search, links, dark mode, {len(list(site.rglob("*.html")))} pages at 400 and 1300 pixels ({time.time() - began:.0f} s)')
+    print(f'The site is as it should be: search, links, dark mode, all pages at 400 and 1300 pixels ({time.time() - began:.0f} s)')
 
 if __name__ == '__main__': main()

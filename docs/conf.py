@@ -20,16 +20,17 @@ extensions = [
 ]
 nb_execution_mode = 'off' # outputs are those that the notebooks hold; `nbdev-test` checks them
 nb_merge_streams = True
-myst_enable_extensions = ['dollarmath', 'amsmath', 'attrs_inline', 'colon_fence', 'deflist', 'fieldlist']
+myst_enable_extensions = ['dollarmath', 'amsmath', 'attrs_inline', 'attrs_block', 'colon_fence', 'deflist', 'fieldlist']
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 copybutton_exclude = '.linenos, .gp, .go'
 templates_path = []
-exclude_patterns = ['**/sre/**', '**/mathjax/*-svg*', '**/mathjax/mml-*', '**/mathjax/*-full*', '**/mathjax/node-main.js', '**/asciimath*', '**/output/svg*/**']
+exclude_patterns = [f'mathjax/{name}' for name in ('sre', '*-svg*', 'mml-*', '*-full*', 'node-main.js', 'output/svg*')] # not used
 
 html_theme = 'pydata_sphinx_theme'
 html_title = f'fastrain {version}'
-mathjax = Path(importlib.util.find_spec('sphinx-mathjax-offline').origin).parent/'static' # a package that holds MathJax, so that formulas need no network
+# a package that holds MathJax, so that formulas need no network
+mathjax = Path(importlib.util.find_spec('sphinx-mathjax-offline').origin).parent/'static'
 mathjax_path = 'mathjax/tex-chtml.js'
 html_static_path = [str(here/'static'), str(mathjax)]
 html_css_files = ['site.css']

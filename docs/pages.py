@@ -59,20 +59,30 @@ class Page:
         module = importlib.import_module(self.module)
         return {name: getattr(module, name) for name in getattr(module, '__all__', [])}
 
+    @cached_property
+    def introduction(self):
+        "What a notebook's first cell holds below title and subtitle, which nbdev leaves out"
+        source = json.loads(self.source.read_text(encoding='utf-8'))
+        return re.sub(r'\A#\s.*\n*(>.*\n*)*(-\s[\w-]+:.*\n*)*', '', ''.join(source['cells'][0]['source'])).strip()
+
     def write(self, pages, folder):
         "As a notebook for myst-nb"
-        cells = [self._head(), *self._body(pages)]
-        if left := [n for n in self.public if n not in self._shown]: cells.append(markdown('## Also here\n\n' + block('\n'.join(map(self._data, left)))))
+        cells = [self._head(pages), *self._body(pages)]
+        left = [n for n in self.public if n not in self._shown]
+        if left: cells.append(markdown('## Also here\n\n' + block('\n'.join(map(self._data, left)))))
         for i,cell in enumerate(cells): cell['id'] = f'cell-{i}'
         kernel = dict(name='python3', display_name='Python 3', language='python')
-        metadata = dict(kernelspec=kernel, source_map=list(range(len(cells)))) # by default cell 100 begins at line 1,000,000, and rst pads up to there
+        # by default, the cell 100 begins at line 1,000,000 for myst-nb, and reStructuredText in it is padded up to there
+        metadata = dict(kernelspec=kernel, source_map=list(range(len(cells))))
         file = folder/f'{self.name}.ipynb'
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(dict(self.nb, cells=cells, metadata=metadata, nbformat=4, nbformat_minor=5), ensure_ascii=False), encoding='utf-8')
+        nb = dict(cells=cells, metadata=metadata, nbformat=4, nbformat_minor=5)
+        file.write_text(json.dumps(nb, ensure_ascii=False), encoding='utf-8')
 
-    def _head(self):
+    def _head(self, pages):
         module = block(f'.. py:module:: {self.module}') + '\n\n' if self.module else ''
-        return markdown(f'# {self.heading}\n\n{module}{self.subtitle}')
+        lead = f'{{.lead}}\n{self.subtitle}' if self.subtitle else ''
+        return markdown(f'# {self.heading}\n\n{module}{lead}\n\n{links(self.introduction, self, pages)}')
 
     def _body(self, pages):
         cells,self._shown = [],set()
@@ -107,9 +117,10 @@ class Page:
     def _data(self, name):
         "A public name that is neither class nor function, with the comment on its first line; or one that has no cell of its own"
         o = self.public[name]
-        if inspect.isclass(o) or inspect.isfunction(o): return f'.. auto{"class" if inspect.isclass(o) else "function"}:: {self.module}.{name}\n'
+        if inspect.isclass(o): return f'.. autoclass:: {self.module}.{name}\n'
+        if inspect.isfunction(o): return f'.. autofunction:: {self.module}.{name}\n'
         said = re.search(rf'^{name}\s*=.*?\s#\s*(.+)$', inspect.getsource(importlib.import_module(self.module)), re.M)
-        keys = ', '.join(map(str, o)) if isinstance(o, (dict, set)) and len(o) <= 40 else '' # its keys tell what a registry holds
+        keys = ', '.join(map(str, o)) if isinstance(o, (dict, set)) and len(o) <= 40 else '' # what a registry holds
         words = '. '.join(filter(None, [said and said[1].rstrip(':'), keys])) or 'A constant of the module'
         return f'.. py:data:: {name}\n\n   {re.sub(r"([*_|`])", chr(92) + chr(92) + "1", words)}\n'
 
@@ -133,7 +144,8 @@ def by_line(cells):
 def code(cell, source):
     "A cell of code without nbdev's and Quarto's directives, which become tags"
     directives = dict(re.findall(r'^#\|\s*([\w-]+):?\s*(.*)$', source, re.M))
-    tags = [tag for name,tag in dict(echo='remove-input', output='remove-output', include='remove-cell').items() if directives.get(name) == 'false']
+    effects = dict(echo='remove-input', output='remove-output', include='remove-cell')
+    tags = [tag for name,tag in effects.items() if directives.get(name) == 'false']
     source = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
     outputs = [dict(o, execution_count=None) if o['output_type'] == 'execute_result' else o for o in cell['outputs']]
     return dict(cell_type='code', execution_count=None, metadata=dict(tags=tags), source=source, outputs=outputs)
@@ -147,10 +159,12 @@ def links(text, page, pages):
         if name == 'index': name = 'tour'
         if name not in pages: return match[0]
         symbol = label.strip('`')
-        if anchor and label.startswith('`') and pages[name].module: return f'{{py:obj}}`{symbol} <{pages[name].module}.{symbol}>`'
+        if anchor and label.startswith('`') and pages[name].module:
+            return f'{{py:obj}}`{symbol} <{pages[name].module}.{symbol}>`'
         return f'[{label}](/{name}.ipynb{anchor})'
     parts = re.split(r'(^```.*?^```)', text, flags=re.M | re.S)
-    return ''.join(p if i % 2 else re.sub(r'\[([^\]]+)\]\((?!https?:)([\w./-]+)\.(?:html|ipynb)(#[\w.]*)?\)', link, p) for i,p in enumerate(parts))
+    inside = r'\[([^\]]+)\]\((?!https?:)([\w./-]+)\.(?:html|ipynb)(#[\w.]*)?\)'
+    return ''.join(p if i % 2 else re.sub(inside, link, p) for i,p in enumerate(parts))
 
 
 def read_pages():
@@ -187,8 +201,8 @@ def wing_title(folder):
 
 def wing_page(folder, pages):
     rows = [f'| [{p.title}](/{p.name}.ipynb) | {p.subtitle} |' for p in pages]
-    return '\n'.join([f'# {wing_title(folder)}', '', '| module | what it is for |', '| --- | --- |', *rows, '',
-        toctree([f'{p.title} </{p.name}>' for p in pages])])
+    head = [f'# {wing_title(folder)}', '', '| module | what it is for |', '| --- | --- |']
+    return '\n'.join([*head, *rows, '', toctree([f'{p.title} </{p.name}>' for p in pages])])
 
 def reference_page(groups):
     cards = []
@@ -217,15 +231,16 @@ def commands_page():
     lines = ['# Command line', '', 'The options as `fastrain COMMAND --help` shows them.', '']
     for name,function in commands.items():
         parser = anno_parser(function, prog=f'fastrain {name}')
-        lines += [f'## fastrain {name}', '', first_line(function), '', block('\n'.join([f'.. program:: fastrain {name}', '', *map(option, parser._actions)])), '']
+        options = '\n'.join([f'.. program:: fastrain {name}', '', *map(option, parser._actions)])
+        lines += [f'## fastrain {name}', '', first_line(function), '', block(options), '']
     return '\n'.join(lines)
 
 def option(action):
     if action.dest in ('help', 'pdb', 'xtra'): return ''
     words = re.sub(r'([\\*_|`<>])', r'\\\1', (action.help or '').replace('%%', '%').removesuffix(' (default: False)'))
     words = re.sub(r'\\`(.+?)\\`', lambda m: '``' + re.sub(r'\\(.)', r'\1', m[1]) + '``', words)
-    value = '' if action.nargs == 0 else f' {action.dest.upper()}'
-    return f'.. option:: {action.option_strings[-1] if action.option_strings else action.dest.upper()}{value if action.option_strings else ""}\n\n   {words}\n'
+    names = [*action.option_strings[-1:], *([] if action.nargs == 0 else [action.dest.upper()])]
+    return f'.. option:: {" ".join(names)}\n\n   {words}\n'
 
 def pieces_page():
     "What methods are made of, from the registries of the package"

@@ -36,7 +36,8 @@ def draw_tradeoff(ink):
         ax.annotate('', train, plain, arrowprops=dict(arrowstyle='-|>', color=train_colour, lw=1.8, shrinkA=5, shrinkB=5))
         ax.plot(*plain, 'o', color=base_colour, ms=8)
         ax.plot(*train, 'o', color=train_colour, ms=8)
-        below = any(a[0] <= plain[0] <= b[0] and 0 < a[1] - plain[1] < 1.5 for a,b in points.values()) # an arrow passes where the name would be
+        # is there another arrow where the name would be?
+        below = any(a[0] <= plain[0] <= b[0] and 0 < a[1] - plain[1] < 1.5 for a,b in points.values())
         ax.annotate(names[base], plain, (0, -15 if below else 8), textcoords='offset points', ha='center', color=ink, fontsize=9)
     ax.plot([], [], 'o', color=base_colour, label='without TRAIN')
     ax.plot([], [], 'o', color=train_colour, label='with TRAIN')
@@ -54,9 +55,11 @@ def tradeoff_text():
     seeds = sorted({r['seed'] for r in data['records'] if r['part'] == 'main'})
     n = data['records'][0]['last']['n']
     rows = [f'| {names[b]} | {p[0]:.1f} | {t[0]:.1f} | {p[1]:.1f} | {t[1]:.1f} |' for b,(p, t) in tradeoff_points(data).items()]
-    caption = (f'Four methods with and without TRAIN: {recipe["data"]}, {recipe["n_train"]:,} training and {n:,} test images, ε = {255*recipe["eps"]:.0f}/255, '
-               f'a small ResNet-10, {recipe["epochs"]} epochs, {recipe["warmup"]} more for the standard model, means over {len(seeds)} seeds. '
-               'Measured by `bench/cifar.py`, from `bench/results/cifar.json`; intervals and causes are on the page [Results](/results.ipynb). Images, network and training are far smaller than the paper\'s.')
+    caption = (
+        f'Four methods with and without TRAIN: {recipe["data"]}, {recipe["n_train"]:,} training and {n:,} test images, '
+        f'ε = {255*recipe["eps"]:.0f}/255, a small ResNet-10, {recipe["epochs"]} epochs, {recipe["warmup"]} more for the standard model, '
+        f'means over {len(seeds)} seeds. Measured by `bench/cifar.py`, from `bench/results/cifar.json`; more is on the page '
+        '[Results](/results.ipynb). Network, data and training are far smaller than the paper\'s.')
     alt = 'Accuracy under attack over accuracy on natural images: with TRAIN each method stands further to the right'
     images = [f'![{alt}](/pictures/tradeoff-{k}.svg){{.only-{k} .wide}}' for k in inks]
     table = ['| accuracy in % | natural | natural with TRAIN | PGD-20 | PGD-20 with TRAIN |', '| --- | --: | --: | --: | --: |', *rows]
@@ -70,8 +73,10 @@ def costs():
     plain = next(r['ratio'] for r in methods['rows'] if r['method'] == 'standard')
     train = next(t['ratio'] for t in step['targets'] if t['target'] == 'at+train / at')
     return {
-        '<!-- cost of an attack -->': f': with ten steps a batch takes {1/plain:.1f} times as long as in standard training (`bench/results/methods.json`)',
-        '<!-- cost of TRAIN -->': f', which takes {100*(train - 1):.0f} % more time than AT alone where both are a ResNet-18 (`bench/results/step.json`)'}
+        '<!-- cost of an attack -->': f': with {methods["settings"]["steps"]} steps a batch takes {1/plain:.1f} times as long as in '
+            'standard training (`bench/results/methods.json`)',
+        '<!-- cost of TRAIN -->': f', which takes {100*(train - 1):.0f} % more time than AT alone where both are a ResNet-18 '
+            '(`bench/results/step.json`)'}
 
 
 def wing_imports():
@@ -80,7 +85,8 @@ def wing_imports():
     for f in (root/'fastrain').rglob('*.py'):
         parts = f.relative_to(root/'fastrain').with_suffix('').parts
         if parts[-1] in ('_modidx', 'all', '__init__'): continue
-        found[parts[0]] |= {target for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))) for target in imported(node, parts)} - {parts[0], '__version__'}
+        nodes = ast.walk(ast.parse(f.read_text(encoding='utf-8')))
+        found[parts[0]] |= {target for node in nodes for target in imported(node, parts)} - {parts[0], '__version__'}
     return dict(found)
 
 def imported(node, parts):
