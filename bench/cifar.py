@@ -1,7 +1,9 @@
-"""Where the topology loss helps and where it does not, on a subset of CIFAR-10 (JPEG): `python bench/cifar.py DIR --out runs/cifar --result bench/results/cifar.json`.
+"""Where the topology loss helps and where it does not, on a subset of CIFAR-10 (JPEG):
+`python bench/cifar.py DIR --out runs/cifar --result bench/results/cifar.json`.
 
-DIR has train/<class>/ and test/<class>/. First the methods with and without TRAIN, then variants of TRAIN that ask why. Folders that exist are resumed, and methods that they lack are added, so that an
-interrupted measurement continues; `--part main` or `--part NAME,NAME` does only some of it, and whatever is there goes into the result."""
+DIR has train/<class>/ and test/<class>/. First the methods with and without TRAIN, then variants of TRAIN that ask why.
+Folders that exist are resumed, and methods that they lack are added, so that an interrupted measurement continues;
+`--part main` or `--part NAME,NAME` does only some of it, and whatever is there goes into the result."""
 import csv, json, shutil, sys
 from pathlib import Path
 
@@ -9,19 +11,23 @@ import torch
 from fastcore.script import call_parse
 from fastprogress import fastprogress
 
-from fastrain.core import save_json
+from fastrain.core import environment, save_json
 from fastrain.runs.recipe import make_recipe
-from fastrain.core import environment
-from fastrain.runs.run import resume_run, start_run
+from fastrain.runs.run import Run
+from fastrain.runs.train import resume_run
 from fastrain.training.schedules import schedules
 
-SMALL = dict(profile='everyday', backbone='resnet10t_16', standard='resnet10t_16', small_images=False, epochs=12, warmup=30, steps=5, n_train=5000, n_test=1000, n_valid=500)
-METHODS = 'standard', 'at', 'at+train', 'trades', 'trades+train', 'trades+lbgat', 'trades+lbgat+train', 'mart', 'mart+train' # the first is the anchor of L_TP
+SMALL = dict(profile='everyday', backbone='resnet10t_16', standard='resnet10t_16', small_images=False,
+             epochs=12, warmup=30, steps=5, n_train=5000, n_test=1000, n_valid=500)
+METHODS = ['standard', 'at', 'at+train', 'trades', 'trades+train', 'trades+lbgat', 'trades+lbgat+train',
+           'mart', 'mart+train'] # the first is the anchor of L_TP
 ATTACKS = 'natural', 'cw20', 'pgd20' # L_TP is measured on the images of the last one
 ORACLE = dict(n_train=None, epochs=8) # a standard model that has seen all 50,000 images
 
 schedules.update(early=lambda t: float(t < 50), late=lambda t: float(t >= 50)) # in which half of training the term acts
-VARIANTS = { # name: (what differs from SMALL, methods, seeds); TRAIN with the constant λ = 5 from a standard model warmed up for 30 epochs is in the main part
+# name: (what differs from SMALL, methods, seeds); TRAIN with the constant λ = 5 from a standard model
+# that was warmed up for 30 epochs is in the main part
+VARIANTS = {
     'ramp': (dict(lam_schedule='ramp'), ['at+train'], (1, 2, 3)), # 0 to 5
     'printed': (dict(lam_schedule='printed', lam=2.5), ['at+train'], (1, 2, 3)), # 3.7 to 5: the same end
     'scratch': (dict(warmup=0), ['at+train'], (1,)),
@@ -37,7 +43,7 @@ VARIANTS = { # name: (what differs from SMALL, methods, seeds); TRAIN with the c
 def run(folder, methods, like=None, **settings) -> list:
     "The records of a run, which is begun, continued or only read"
     if not (folder/'settings.json').exists():
-        start_run(folder, make_recipe(**{**SMALL, **settings}), methods)
+        Run.create(folder, make_recipe(**SMALL | settings), methods)
         if like: share(like, folder, 'standard', *([] if {'warmup', 'standard'} & set(settings) else ['warm.pt']))
     return resume_run(folder, methods=methods, attacks=ATTACKS)
 
@@ -51,7 +57,9 @@ def collect(out):
     "Every record that is there, with the part it belongs to and the accuracy of its standard model on the held-out images"
     for file in sorted(out.glob('*/results.json')):
         name,_,seed = file.parent.name.rpartition('-')
-        for r in json.loads(file.read_text()): yield dict(r, part=name or 'main', seed=int(seed), standard_accuracy=_standard_accuracy(file.parent, r['method']))
+        for r in json.loads(file.read_text()):
+            accuracy = _standard_accuracy(file.parent, r['method'])
+            yield dict(r, part=name or 'main', seed=int(seed), standard_accuracy=accuracy)
 
 def _standard_accuracy(folder, method):
     with (folder/'history.csv').open() as f: last = [r for r in csv.DictReader(f) if r['method'] == method][-1]
@@ -72,7 +80,7 @@ def main(
     if threads: torch.set_num_threads(threads)
     out,parts = Path(out),part.split(',') if part else ['main', *VARIANTS]
     if 'main' in parts:
-        for seed in map(int, seeds.split(',')): run(out/str(seed), methods.split(',') if methods else list(METHODS), data=data, seed=seed)
+        for seed in map(int, seeds.split(',')): run(out/str(seed), methods.split(',') if methods else METHODS, data=data, seed=seed)
     for name in (p for p in parts if p in VARIANTS):
         changes,variants,of = VARIANTS[name]
         for seed in of:
@@ -81,4 +89,7 @@ def main(
                 run(oracle, ['standard'], data=data, seed=seed, **ORACLE)
                 changes = dict(changes, standard=str(oracle))
             run(out/f'{name}-{seed}', variants, out/str(seed), data=data, seed=seed, **changes)
-    if result: save_json(result, dict(recipe=dict(make_recipe(**SMALL).settings(), data='CIFAR-10 (JPEG)'), environment=environment(), variants={k: v[0] for k,v in VARIANTS.items()}, records=list(collect(out))))
+    if not result: return
+    recipe = dict(make_recipe(**SMALL).settings(), data='CIFAR-10 (JPEG)')
+    changes = {name: variant[0] for name,variant in VARIANTS.items()}
+    save_json(result, dict(recipe=recipe, environment=environment(), variants=changes, records=list(collect(out))))

@@ -1,4 +1,5 @@
-"""The digits table over several seeds, as `fastrain train` makes it for one: `python bench/digits.py --out runs/seeds --result bench/results/digits.json`.
+"""The digits table over several seeds, as `fastrain train` makes it for one:
+`python bench/digits.py --out runs/seeds --result bench/results/digits.json`.
 
 A folder that exists is resumed, so an interrupted measurement continues."""
 import sys
@@ -7,10 +8,9 @@ from pathlib import Path
 from fastcore.script import call_parse
 from fastprogress import fastprogress
 
-from fastrain.core import save_json
+from fastrain.core import environment, save_json
 from fastrain.runs.recipe import make_recipe
-from fastrain.core import environment
-from fastrain.runs.run import resume_run, train_run
+from fastrain.runs.train import resume_run, train_run
 
 @call_parse
 def main(

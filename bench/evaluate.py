@@ -1,32 +1,46 @@
-"What `evaluate` costs beside the attacks themselves, and what the topology score takes: `python bench/evaluate.py --out bench/results/evaluate.json`"
+"What `evaluate` costs beside the attacks, and what the topology score takes: `python bench/evaluate.py --out bench/results/evaluate.json`"
 import resource, statistics, time
+from functools import partial
 
 import torch
 from fastcore.script import call_parse
 from torch.nn import functional as F
 
-from fastrain.core import fork_rng, save_json, seed_all
+from fastrain.core import environment, fork_rng, save_json, seed_all
 from fastrain.data.sources import get_dls
 from fastrain.evaluation.evaluate import evaluate
-from fastrain.core import environment
 from fastrain.evaluation.measure import Batches, batch_seed
-from fastrain.models.backbone import create_backbone
 from fastrain.evaluation.scores import topology_score
+from fastrain.models.backbone import create_backbone
 
-EPS,ALPHA,STEPS = 8/255,2/255,20
+EPS = 8/255
+ALPHA = 2/255
+STEPS = 20
+
+def cross_entropy(z, y): return F.cross_entropy(z, y, reduction='sum')
+
+def margin(z, y):
+    wrong = z.scatter(1, y[:,None], -torch.inf).amax(1)
+    return (wrong - z.gather(1, y[:,None])[:,0]).sum()
+
+def attacked(model, x, y, loss, seed):
+    with fork_rng(seed): x_adv = (x + torch.empty_like(x).uniform_(-1, 1)*EPS).clamp(0, 1)
+    for _ in range(STEPS):
+        x_adv.requires_grad_()
+        grad, = torch.autograd.grad(loss(model(x_adv), y), x_adv)
+        x_adv = torch.clamp(x_adv.detach() + ALPHA*grad.sign(), x - EPS, x + EPS).clamp(0, 1)
+    return x_adv
+
+@torch.no_grad()
+def right(model, x, y): return (model(x).argmax(1) == y).sum().item()
 
 def plain(model, batches, seed=0) -> list:
     "Natural accuracy, PGD-20 and C&W-20 in plain PyTorch: correct images of each"
     hits = [0, 0, 0]
     for i,(x,y) in enumerate(batches):
-        with torch.no_grad(): hits[0] += (model(x).argmax(1) == y).sum().item()
-        for j,loss in ((1, lambda z: F.cross_entropy(z, y, reduction='sum')), (2, lambda z: (z.scatter(1, y[:,None], -torch.inf).amax(1) - z.gather(1, y[:,None])[:,0]).sum())):
-            with fork_rng(batch_seed(seed, i)): x_adv = (x + torch.empty_like(x).uniform_(-1, 1)*EPS).clamp(0, 1)
-            for _ in range(STEPS):
-                x_adv.requires_grad_()
-                grad, = torch.autograd.grad(loss(model(x_adv)), x_adv)
-                x_adv = torch.clamp(x_adv.detach() + ALPHA*grad.sign(), x - EPS, x + EPS).clamp(0, 1)
-            with torch.no_grad(): hits[j] += (model(x_adv).argmax(1) == y).sum().item()
+        hits[0] += right(model, x, y)
+        hits[1] += right(model, attacked(model, x, y, cross_entropy, batch_seed(seed, i)), y)
+        hits[2] += right(model, attacked(model, x, y, margin, batch_seed(seed, i)), y)
     return hits
 
 def ours(model, batches, **kwargs) -> list:
@@ -41,8 +55,17 @@ def seconds(f, *args, **kwargs) -> tuple:
 def neighbours(n_support, n_queries, width, n_classes=100) -> dict:
     "Topology scores for k from 5 to 50 of random features of so many images"
     features,labels = torch.randn(n_support + n_queries, width),torch.randint(n_classes, (n_support + n_queries,))
-    t,_ = seconds(topology_score, features[:n_support], labels[:n_support], features[n_support:], labels[n_support:], range(5, 51))
-    return dict(n_support=n_support, n_queries=n_queries, width=width, seconds=t, peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
+    support,queries = features.tensor_split([n_support])
+    y,y_queries = labels.tensor_split([n_support])
+    t,_ = seconds(topology_score, support, y, queries, y_queries, range(5, 51))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
+    return dict(n_support=n_support, n_queries=n_queries, width=width, seconds=t, peak_gb=peak)
+
+def compared(times, base) -> dict:
+    "Median seconds, and the share of those of the base, turn by turn"
+    ratios = [a/b for a,b in zip(times, base)]
+    middle = statistics.median(times)
+    return dict(seconds=middle, ratio=middle/statistics.median(base), low=min(ratios), high=max(ratios))
 
 @call_parse
 def main(
@@ -64,14 +87,18 @@ def main(
     x,y = map(torch.cat, zip(*[b for dl in dls.loaders for b in Batches(dl)]))
     batches = list(zip(x[:n].split(bs), y[:n].split(bs)))
     model = create_backbone(backbone, 10, small_images=False).eval()
-    forms = {'plain loop': plain, 'evaluate': lambda m, b: ours(m, b, checks=False), 'evaluate with checks': ours}
-    if len({tuple(f(model, batches[:2])) for f in forms.values()}) > 1: raise SystemExit('evaluate.py: the forms do not agree, so that their times mean nothing')
+    forms = {'plain loop': plain, 'evaluate': partial(ours, checks=False), 'evaluate with checks': ours}
+    if len({tuple(f(model, batches[:2])) for f in forms.values()}) > 1:
+        raise SystemExit('evaluate.py: the forms do not agree, so that their times mean nothing')
     times = {k: [] for k in forms}
     for _ in range(repeats):
         for k,f in forms.items(): times[k].append(seconds(f, model, batches)[0])
-    base = statistics.median(times['plain loop'])
-    rows = {k: dict(seconds=statistics.median(t), ratio=statistics.median(t)/base, low=min(a/b for a,b in zip(t, times['plain loop'])), high=max(a/b for a,b in zip(t, times['plain loop']))) for k,t in times.items()}
-    res = dict(settings=dict(backbone=backbone, n=len(x[:n]), bs=bs, repeats=repeats, threads=torch.get_num_threads(), attacks='natural, PGD-20, C&W-20'), rows=rows, topology=knn, environment=environment('cpu'))
-    if out: save_json(out, res)
-    for k,r in rows.items(): print(f'{k:22} {r["seconds"]:.2f} s, {r["ratio"]:.3f} of the plain loop (single turns {r["low"]:.3f} to {r["high"]:.3f})')
-    print(f'topology score, {n_support:,} x {n_queries:,} x {width}, k from 5 to 50: {knn["seconds"]:.1f} s, peak memory of the process {knn["peak_gb"]:.2f} GB')
+    rows = {k: compared(t, times['plain loop']) for k,t in times.items()}
+    settings = dict(backbone=backbone, n=len(x[:n]), bs=bs, repeats=repeats, threads=torch.get_num_threads(),
+                    attacks='natural, PGD-20, C&W-20')
+    if out: save_json(out, dict(settings=settings, rows=rows, topology=knn, environment=environment('cpu')))
+    for k,r in rows.items():
+        turns = f'single turns {r["low"]:.3f} to {r["high"]:.3f}'
+        print(f'{k:22} {r["seconds"]:.2f} s, {r["ratio"]:.3f} of the plain loop ({turns})')
+    print(f'topology score, {n_support:,} x {n_queries:,} x {width}, k from 5 to 50: {knn["seconds"]:.1f} s, '
+          f'peak memory of the process {knn["peak_gb"]:.2f} GB')

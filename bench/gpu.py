@@ -10,16 +10,15 @@ from fastai.callback.core import Callback, CancelFitException
 from fastcore.script import anno_parser
 from fastprogress import fastprogress
 
-from fastrain.training.checkpoint import Checkpoint
-from fastrain.core import save_json, save_text, seed_all
+from fastrain.core import environment, save_json, save_text, seed_all
 from fastrain.evaluation.evaluate import evaluate
-from fastrain.training.methods import parse_method
-from fastrain.runs.recipe import make_recipe, monitor, recipe_backbone, recipe_dls, recipe_fit, recipe_learner
 from fastrain.evaluation.tables import markdown_table, results_table
 from fastrain.runs.evaluate import assess
-from fastrain.core import environment
-from fastrain.runs.folder import read_run
-from fastrain.runs.run import History
+from fastrain.runs.recipe import make_recipe, monitor, recipe_backbone, recipe_dls, recipe_fit, recipe_learner
+from fastrain.runs.run import Run, method_folder, read_run
+from fastrain.runs.train import History
+from fastrain.training.checkpoint import Checkpoint
+from fastrain.training.methods import parse_method
 
 EPOCHS = 30 # at most, if their number is left open
 MARGIN = 1.1 # by which estimates of time are stretched
@@ -65,7 +64,10 @@ def bench_learner(recipe, method, dls, cbs=()):
 class Turn(Callback):
     "Lets a fit advance to epoch `until`, but start no epoch that would end after the time limit, and notes each one"
     order = Checkpoint.order+1 # once it has skipped the epochs of earlier turns, and saved this one
-    def __init__(self, clock, until, pace, note): self.clock,self.until,self.pace,self.note,self.done,self.start = clock,until,pace,note,0,None
+    def __init__(self, clock, until, pace, note):
+        self.clock,self.until = clock,until
+        self.pace,self.note = pace,note
+        self.done,self.start = 0,None
     def before_epoch(self):
         if self.epoch >= self.until or not self.clock.fits(self.pace): raise CancelFitException
         self.start = time.perf_counter()
@@ -80,7 +82,7 @@ def turn(folder, recipe, method, dls, cb):
     "Train `method` from where it is, until `cb` ends it"
     learn = bench_learner(recipe, method, dls, [History(folder/'history.csv', method)])
     with learn.no_bar(), learn.no_logging():
-        recipe_fit(recipe, learn, [Checkpoint(folder/'checkpoints'/method, monitor(learn), resume=True), cb])
+        recipe_fit(recipe, learn, [Checkpoint(method_folder(folder, method), monitor(learn), resume=True), cb])
 
 def note_in(file, **about):
     "A function that adds a line to `file`"
@@ -97,7 +99,9 @@ def noted(file, seed) -> pd.DataFrame:
 # -- evaluation --------------------------------------------------------------------------------------------------------------
 def evaluated(folder, recipe, method, dls) -> dict:
     "The last and the best checkpoint on the test set, in float32"
-    record,_ = assess(folder, method, recipe, dls, ATTACKS)
+    run = Run(folder, dls.device)
+    run.dls = dls # the same for all seeds
+    record,_ = assess(run, method, ATTACKS)
     history = pd.read_csv(folder/'history.csv')
     return dict(method=method, seed=recipe.seed, **record, seconds_per_epoch=history[history.method == method].seconds.median())
 
@@ -125,7 +129,9 @@ def validation_seconds(recipe, method, dls) -> float:
 
 def evaluation_seconds(recipe, dls) -> float:
     "Of two checkpoints, by a batch"
-    batch,model,attacks = dls.test.one_batch(),recipe_backbone(recipe, dls).to(dls.device).eval(),{n: recipe.eval_attack(n) for n in ATTACKS}
+    batch = dls.test.one_batch()
+    model = recipe_backbone(recipe, dls).to(dls.device).eval()
+    attacks = {n: recipe.eval_attack(n) for n in ATTACKS}
     for _ in range(2): res = evaluate(model, [batch], attacks, checks=False, progress=False) # the first one is slow
     return 2*res.seconds*len(dls.test)
 
@@ -133,7 +139,8 @@ def epochs_that_fit(warmup, methods, cost, seconds, n_seeds) -> int:
     "As many as leave time to evaluate, at most `EPOCHS`"
     with_standard = sum(has_standard(m) for m in methods)
     fixed = len(methods)*cost['evaluation'] + with_standard*(warmup or 0)*cost['warmup_epoch']
-    each = sum(cost['epoch'][m] for m in methods) + (with_standard*cost['warmup_epoch'] if warmup is None else 0) # as many epochs of warm-up as of training
+    each = sum(cost['epoch'][m] for m in methods)
+    if warmup is None: each += with_standard*cost['warmup_epoch'] # as many epochs of warm-up as of training
     return max(1, min(EPOCHS, int((seconds/MARGIN/n_seeds - fixed)/each)))
 
 def has_standard(method): return parse_method(method).needs_standard
@@ -178,17 +185,23 @@ def write_results(out, recipe, methods, seeds, cost):
     "`results.json` and `results.md`, of what is evaluated so far"
     results = [r for s in seeds for r in read_results(out/f'seed{s}')]
     finished = len(results) == len(methods)*len(seeds)
-    save_json(out/'results.json', dict(finished=finished, recipe=recipe.settings(), seeds=seeds, environment=environment(), speed=cost, results=results))
+    about = dict(finished=finished, recipe=recipe.settings(), seeds=seeds, environment=environment(), speed=cost)
+    save_json(out/'results.json', dict(about, results=results))
     save_text(out/'results.md', text(recipe, results, cost, finished))
 
 def text(recipe, results, cost, finished) -> str:
     "The page"
-    env,rows = cost['environment'],[dict(method=m, **{'ms per step': f'{s["ms"]:.1f}', 'images/s': f'{s["images_per_second"]:.0f}'}) for m,s in cost['steps'].items()]
-    lines = [f'{recipe.backbone} with {recipe.standard} as standard model, {Path(recipe.data).name}, {recipe.epochs} epochs, bs {recipe.bs}, PGD-{recipe.steps}, {recipe.precision}; '
-             f'{env["device"]}, torch {env["torch"]}, fastai {env["fastai"]}.', '', '## Speed of training', '', markdown_table(pd.DataFrame(rows).set_index('method'))]
+    env = cost['environment']
+    lines = [f'{recipe.backbone} with {recipe.standard} as standard model, {Path(recipe.data).name}, {recipe.epochs} epochs, '
+             f'bs {recipe.bs}, PGD-{recipe.steps}, {recipe.precision}; {env["device"]}, torch {env["torch"]}, fastai {env["fastai"]}.',
+             '', '## Speed of training', '', markdown_table(speed_table(cost))]
     for which in ('last', 'best') if results else ():
         lines += ['', f'## Test accuracy in %, {which} epoch', '', markdown_table(table(results, which))]
     return '\n'.join(lines + ['' if finished else '\nNot finished.', ''])
+
+def speed_table(cost) -> pd.DataFrame:
+    rows = [{'method': m, 'ms per step': f'{s["ms"]:.1f}', 'images/s': f'{s["images_per_second"]:.0f}'} for m,s in cost['steps'].items()]
+    return pd.DataFrame(rows).set_index('method')
 
 def table(results, which) -> pd.DataFrame:
     "A row per method and seed, then their mean and standard deviation if there are several seeds"
@@ -215,7 +228,7 @@ def image_folder(data, out):
 def main(
     data:str='cifar10', # Folder with train/<class>/ and test/<class>/, an archive of one, or a data set by name
     out:str='runs/gpu', # Folder of the measurement; it is continued if it exists
-    methods:str='at,at+train,trades,trades+train', # Methods, comma-separated; `standard` among them lends all the same standard model for L_TP
+    methods:str='at,at+train,trades,trades+train', # Methods, comma-separated; `standard` lends all the same model for L_TP
     backbone:str='resnet18', # Adversarial model
     standard:str='resnet18', # Standard model
     seconds:float=540, # Time limit of this call
@@ -240,8 +253,10 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     methods.sort(key=lambda m: m != 'standard') # it must be trained before L_TP of the others is measured against it
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    recipe = make_recipe('everyday', data=image_folder(data, out), backbone=backbone, standard=standard, bs=bs, lr=lr, steps=steps, lam=lam, lam_schedule=lam_schedule, warmup=warmup,
-                         n_train=n_train, n_test=n_test, n_valid=n_valid, seed=seeds[0], precision=precision or ('bf16' if device.type == 'cuda' else 'fp32'))
+    recipe = make_recipe(
+        'everyday', data=image_folder(data, out), backbone=backbone, standard=standard, bs=bs, lr=lr, steps=steps, lam=lam,
+        lam_schedule=lam_schedule, warmup=warmup, n_train=n_train, n_test=n_test, n_valid=n_valid, seed=seeds[0],
+        precision=precision or ('bf16' if device.type == 'cuda' else 'fp32'))
     dls = recipe_dls(recipe, device)
     cost = measured_speed(out, recipe, methods, dls, timed_steps)
     epochs = epochs or begun(out/f'seed{seeds[0]}') or epochs_that_fit(warmup, methods, cost, clock.left, len(seeds))

@@ -13,28 +13,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrain.attacks.pgd import PGD
 from fastrain.training.callback import TRAINCallback
-from fastrain.core import save_json, seed_all
+from fastrain.core import environment, save_json, seed_all
 from fastrain.data.sources import get_dls
 from fastrain.training.methods import parse_method
 from fastrain.models.backbone import create_backbone
 from fastrain.evaluation.tables import markdown_table
-from fastrain.core import environment
 from fastrain.training.schedules import torch_sgd
 from fastrain.training.standard import CoTrained
 
-METHODS = ('at', 'standard', 'alp', 'trades', 'mart', 'mca', 'gairat', 'fat', 'trades+fat', 'sat', 'ecas', 'las:net=NET', 'trades+las:net=NET', 'las-awp', 'at+lbgat', 'trades+lbgat',
-           'at+train', 'trades+train', 'trades+lbgat+train', "at+train'", 'at+train*', 'at+absolute', 'at+rkd-d', 'at+rkd-a', 'at+pkt', 'at+crd', 'at+awp', 'trades+awp', 'at+ema')
+METHODS = ('at', 'standard', 'alp', 'trades', 'mart', 'mca', 'gairat', 'fat', 'trades+fat', 'sat', 'ecas', 'las:net=NET',
+           'trades+las:net=NET', 'las-awp', 'at+lbgat', 'trades+lbgat',
+           'at+train', 'trades+train', 'trades+lbgat+train', "at+train'", 'at+train*', 'at+absolute', 'at+rkd-d', 'at+rkd-a',
+           'at+pkt', 'at+crd', 'at+awp', 'trades+awp', 'at+ema')
 EPOCHS = 10 # of one batch each, so that every schedule runs from its start to its end
 
 class Stems(TorchDispatchMode):
-    "Counts passes through first layers (convolutions of 3 channels), in images, by model: forward, backward to the images alone, backward to the weights"
+    "Counts passes through first layers (convolutions of 3 channels), in images, by model: forward, and backward to images or weights"
     def __init__(self, **models):
         super().__init__()
         self.names,self.counts = {},Counter()
-        for name,model in models.items(): self.names[next(m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)).data_ptr()] = name
+        for name,model in models.items():
+            self.names[next(m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)).data_ptr()] = name
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.convolution.default and args[1].shape[1] == 3: self._add(args[1], 'forward', args[0])
-        if func is torch.ops.aten.convolution_backward.default and args[2].shape[1] == 3: self._add(args[2], 'weights' if args[-1][1] else 'images', args[1])
+        if func is torch.ops.aten.convolution_backward.default and args[2].shape[1] == 3:
+            self._add(args[2], 'weights' if args[-1][1] else 'images', args[1])
         return func(*args, **(kwargs or {}))
     def _add(self, weight, what, x): self.counts[self.names.get(weight.data_ptr(), 'other'), what] += len(x)
 
@@ -54,7 +57,8 @@ class Subject:
         m = parse_method(method.replace('NET', net).replace('las-awp', f'at+las:variant=awp,net={net}+awp'))
         policy = (m.policy or CoTrained)(self.standard, **m.policy_args) if m.needs_standard else None
         cb = TRAINCallback(policy, attack=PGD(.15, .0375, steps), **m.callback_args())
-        self.learn = Learner(DataLoaders(Batches(dl, batch), [], device=batch[0].device), self.model, CrossEntropyLossFlat(), opt_func=torch_sgd, lr=1e-4, cbs=cb)
+        self.learn = Learner(DataLoaders(Batches(dl, batch), [], device=batch[0].device), self.model, CrossEntropyLossFlat(),
+                             opt_func=torch_sgd, lr=1e-4, cbs=cb)
         self.times = []
 
     def train(self):
@@ -97,8 +101,10 @@ def main(
     for _ in range(repeats):
         for s in subjects: s.time()
     base = statistics.median(subjects[0].times)
-    rows = [dict(method=s.method.replace(':net=NET', ''), **c, seconds=statistics.median(s.times), ratio=statistics.median(s.times)/base, low=min(s.times)/base, high=max(s.times)/base) for s,c in zip(subjects, counts)]
-    settings = dict(backbone=backbone, bs=bs, steps=steps, repeats=repeats, epochs=EPOCHS, accuracy_of_the_batch=accuracy, threads=torch.get_num_threads())
+    rows = [dict(method=s.method.replace(':net=NET', ''), **c, seconds=statistics.median(s.times),
+                 ratio=statistics.median(s.times)/base, low=min(s.times)/base, high=max(s.times)/base) for s,c in zip(subjects, counts)]
+    settings = dict(backbone=backbone, bs=bs, steps=steps, repeats=repeats, epochs=EPOCHS, accuracy_of_the_batch=accuracy,
+                    threads=torch.get_num_threads())
     if out: save_json(out, dict(settings=settings, environment=environment(), rows=rows))
     df = pd.DataFrame(rows).fillna(0).set_index('method')
     print(settings, markdown_table(df.round(2)), sep='\n\n')

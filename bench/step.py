@@ -25,7 +25,8 @@ METHODS = 'at', 'at+train', 'trades', 'trades+train'
 EPS,ALPHA,BETA,LAM = 8/255,2/255,6.,5.
 LR,WD,MOM = .01,5e-4,.9
 OVERHEAD,SLACK = 1.05,1.03 # allowed: fastrain over plain PyTorch, and TRAIN's share over that of its arithmetic
-TOLERANCE = 1e-6 # in float64, where rounding does not turn over the sign of a gradient; at first, terms such as KL and L_TP move the weights by little
+# in float64, where rounding does not turn over the sign of a gradient; at first, terms such as KL and L_TP move the weights by little
+TOLERANCE = 1e-6
 
 # -- the algorithm in plain PyTorch ------------------------------------------------------------------------------------------
 def attack(model, x, y, kl, steps):
@@ -38,7 +39,8 @@ def attack(model, x, y, kl, steps):
     for _ in range(steps):
         x_adv.requires_grad_()
         logits = model(x_adv)
-        loss = F.kl_div(F.log_softmax(logits, 1), target, reduction='sum', log_target=True) if kl else F.cross_entropy(logits, y, reduction='sum')
+        if kl: loss = F.kl_div(F.log_softmax(logits, 1), target, reduction='sum', log_target=True)
+        else: loss = F.cross_entropy(logits, y, reduction='sum')
         grad, = torch.autograd.grad(loss, x_adv)
         x_adv = (x_adv.detach() + ALPHA*grad.sign()).clamp(x - EPS, x + EPS).clamp(0, 1)
     model.train()
@@ -72,7 +74,9 @@ class Plain:
         x_adv = attack(self.model, x, y, self.kl, self.steps)
         nat = self.model(x) if self.kl else None
         adv = self.model(x_adv)
-        if self.kl: loss = F.cross_entropy(nat, y) + BETA*F.kl_div(F.log_softmax(adv, 1), F.log_softmax(nat, 1), reduction='batchmean', log_target=True)
+        if self.kl:
+            kl = F.kl_div(F.log_softmax(adv, 1), F.log_softmax(nat, 1), reduction='batchmean', log_target=True)
+            loss = F.cross_entropy(nat, y) + BETA*kl
         else: loss = F.cross_entropy(adv, y)
         if self.train:
             loss = loss + F.cross_entropy(self.standard(x), y)
@@ -129,7 +133,8 @@ class Pair:
         "By how much the two disagree on parameters and buffers, as a part of the change since the start; the worst of all"
         return max(_difference(a, b, before, names) for a,b,before in self.models() for names in _kinds(a))
 
-def _kinds(model): return [n for n,_ in model.named_parameters()], [n for n,b in model.named_buffers() if b.is_floating_point() and 'running' in n]
+def _kinds(model):
+    return [n for n,_ in model.named_parameters()], [n for n,b in model.named_buffers() if b.is_floating_point() and 'running' in n]
 
 def _difference(a, b, before, names):
     if not names: return 0.
@@ -157,7 +162,8 @@ def arithmetic(method, steps, adv, std) -> float:
 def ratios(over, under) -> dict:
     "The ratio of medians, and what the ratios of single pairs span"
     pairs = [a/b for a,b in zip(over, under)]
-    return dict(ratio=statistics.median(over)/statistics.median(under), pairs=dict(min=min(pairs), median=statistics.median(pairs), max=max(pairs)))
+    return dict(ratio=statistics.median(over)/statistics.median(under),
+                pairs=dict(min=min(pairs), median=statistics.median(pairs), max=max(pairs)))
 
 def judge(name, limit, over, under, **kwargs) -> dict:
     "One target with its verdict"
@@ -171,7 +177,8 @@ def targets(seconds, steps, macs) -> list:
         if '+' not in m: continue
         base = m.partition('+')[0]
         share = arithmetic(m, steps, *macs)/arithmetic(base, steps, *macs)
-        res.append(judge(f'{m} / {base}', share*SLACK, seconds[m]['fastrain'], seconds[base]['fastrain'], arithmetic=share, plain=ratios(seconds[m]['plain'], seconds[base]['plain'])))
+        res.append(judge(f'{m} / {base}', share*SLACK, seconds[m]['fastrain'], seconds[base]['fastrain'], arithmetic=share,
+                         plain=ratios(seconds[m]['plain'], seconds[base]['plain'])))
     return res
 
 # -- run ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +196,8 @@ def main(
     "Time AT and TRADES, with and without TRAIN, in plain PyTorch and through fastai and fastrain, turn by turn"
     if threads: torch.set_num_threads(threads)
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    settings = dict(backbone=backbone, standard=standard, bs=bs, steps=steps, img_size=img_size, repeats=repeats, device=str(device), threads=torch.get_num_threads())
+    settings = dict(backbone=backbone, standard=standard, bs=bs, steps=steps, img_size=img_size, repeats=repeats,
+                    device=str(device), threads=torch.get_num_threads())
     seed_all(0)
     batch = torch.rand(bs, 3, img_size, img_size, device=device), torch.randint(10, (bs,), device=device)
     models = [create_backbone(name, 10, img_size=img_size).to(device) for name in (backbone, standard)]
@@ -212,20 +220,25 @@ def check(method, batch, models, steps, n=8) -> float:
     pair.learn.recorder.run = False # it averages losses in float32 only
     pair.step()
     d = pair.difference()
-    if not d < TOLERANCE: raise RuntimeError(f'{method}: after one step the weights in plain PyTorch and in fastrain differ by {d:.2g} of the step')
+    if not d < TOLERANCE:
+        raise RuntimeError(f'{method}: after one step the weights in plain PyTorch and in fastrain differ by {d:.2g} of the step')
     return d
 
 def text(res) -> str:
     "The results as Markdown"
     s,env = res['settings'],res['environment']
     ms = lambda o: f'{1000*statistics.median(o):.1f}'
-    rows = [dict(method=m, **{'plain, ms': ms(t['plain']), 'fastrain, ms': ms(t['fastrain']), 'difference': f'{res["difference"][m]:.1g}'}) for m,t in res['seconds'].items()]
+    rows = [dict(method=m, **{'plain, ms': ms(t['plain']), 'fastrain, ms': ms(t['fastrain']),
+                              'difference': f'{res["difference"][m]:.1g}'}) for m,t in res['seconds'].items()]
     span = lambda t: f'{t["pairs"]["median"]:.3f} ({t["pairs"]["min"]:.3f} to {t["pairs"]["max"]:.3f})'
-    aims = [{'target': t['target'], 'ratio of medians': f'{t["ratio"]:.3f}', 'pair by pair: median (span)': span(t), 'the same in plain': f'{t["plain"]["ratio"]:.3f}' if 'plain' in t else '',
+    aims = [{'target': t['target'], 'ratio of medians': f'{t["ratio"]:.3f}', 'pair by pair: median (span)': span(t),
+             'the same in plain': f'{t["plain"]["ratio"]:.3f}' if 'plain' in t else '',
              'limit': f'{t["limit"]:.3f}', 'verdict': t['verdict']} for t in res['targets']]
     table = lambda rows, key: markdown_table(pd.DataFrame(rows).set_index(key))
-    return (f'{s["backbone"]} with {s["standard"]} as standard model, {s["bs"]} images of {s["img_size"]}x{s["img_size"]}, PGD-{s["steps"]}; {env["device"]}, '
-            f'torch {env["torch"]}, fastai {env["fastai"]}; medians of {s["repeats"]} steps; difference: of the weights after a step in float64, as a part of the step\n\n{table(rows, "method")}\n\n{table(aims, "target")}')
+    head = (f'{s["backbone"]} with {s["standard"]} as standard model, {s["bs"]} images of {s["img_size"]}x{s["img_size"]}, '
+            f'PGD-{s["steps"]}; {env["device"]}, torch {env["torch"]}, fastai {env["fastai"]}; medians of {s["repeats"]} steps; '
+            'difference: of the weights after a step in float64, as a part of the step')
+    return f'{head}\n\n{table(rows, "method")}\n\n{table(aims, "target")}'
 
 if __name__ == '__main__':
     args = vars(anno_parser(main, prog='step.py').parse_args())

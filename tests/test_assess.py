@@ -8,20 +8,23 @@ import torch
 from fastprogress import fastprogress
 from torch import nn
 
+import fastrain.runs.evaluate
 from fastrain import cli
-from fastrain.runs.evaluate import checkpoint_in_run, evaluate_any, evaluate_run, evaluation_folder, load_any, rescore_run
-from fastrain.runs.compare import compare_runs, paired, pairs_of, read_records
 from fastrain.core import save_tensors
-from fastrain.evaluation.evaluate import read_evaluation
-from fastrain.runs.gallery import Exhibits, draw_pictures, picture, pictures
+from fastrain.evaluation.record import read_evaluation
+from fastrain.evaluation.scores import mcnemar
 from fastrain.models.backbone import create_backbone
+from fastrain.runs.compare import _figures, _pairs, compare_runs, paired
+from fastrain.runs.evaluate import evaluate_any, evaluate_run, load_any, rescore_run
+from fastrain.runs.gallery import Exhibits, draw_pictures, picture, pictures
 from fastrain.runs.recipe import make_recipe
 from fastrain.runs.report import html_page, write_report
-from fastrain.runs.run import train_run
-from fastrain.evaluation.scores import mcnemar
+from fastrain.runs.run import Run, checkpoint_in_run
+from fastrain.runs.train import train_run
 
 METHODS = 'standard', 'at', 'at+train'
-def tiny(**kwargs): return make_recipe(**dict(dict(epochs=1, steps=1, warmup=1, n_train=100, n_test=60, bs=32, n_valid=10, seed=3), **kwargs))
+TINY = dict(epochs=1, steps=1, warmup=1, n_train=100, n_test=40, bs=32, n_valid=10, seed=3)
+def tiny(**kwargs): return make_recipe(**TINY | kwargs)
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
@@ -29,7 +32,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp('runs')
     with pytest.MonkeyPatch.context() as m:
         m.setattr(fastprogress, 'NO_BAR', True)
-        for seed in (3, 4): train_run(folder/f'seed{seed}', tiny(seed=seed), METHODS, 'cpu')
+        train_run(folder/'seed3', tiny(seed=3), METHODS, 'cpu')
+        m.setattr(fastrain.runs.evaluate, 'draw_pictures', lambda *args: None) # they take most of the time
+        train_run(folder/'seed4', tiny(seed=4), METHODS, 'cpu')
     return folder
 
 @pytest.fixture
@@ -46,32 +51,42 @@ def shell(monkeypatch, *args):
 # --- runs
 
 def test_training_leaves_everything(runs):
-    files = {f.name for f in (runs/'seed3').iterdir()}
-    assert files == {'checkpoints', 'curves.png', 'relation.png', 'tradeoff.png', 'images.png', 'evaluation', 'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json'}
-    for m in METHODS: assert len(pd.read_csv(evaluation_folder(runs/'seed3', m)/'per_image.csv')) == 60
+    run = Run(runs/'seed3')
+    assert {f.name for f in run.out.iterdir()} == {
+        'checkpoints', 'curves.png', 'relation.png', 'tradeoff.png', 'images.png', 'evaluation',
+        'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json'}
+    for m in METHODS: assert len(pd.read_csv(run.evaluation_folder(m)/'per_image.csv')) == 40
 
 def test_evaluate_run(run):
     "More attacks, subsets and sizes; the record, the table by image and the report say the same"
-    results = evaluate_run(run, ['natural', 'pgd3', 'cw2+fgsm'], device='cpu', n=30, methods=['at'], which=['last'], images=True, progress=False)
-    assert [r['method'] for r in results] == ['at'] and results == json.loads((run/'evaluation.json').read_text()) and 'best' not in results[0]
+    results = evaluate_run(run, ['natural', 'pgd3', 'cw2+fgsm'], device='cpu', n=30, methods=['at'], which=['last'],
+                           images=True, progress=False)
+    assert results == json.loads((run/'evaluation.json').read_text())
+    assert [r['method'] for r in results] == ['at'] and 'best' not in results[0]
     e = results[0]['last']
-    by_image = pd.read_csv(evaluation_folder(run, 'at')/'per_image.csv')
-    for name in ('natural', 'pgd3', 'cw2+fgsm'): assert e[name] == pytest.approx((by_image[name] == by_image.label).mean())
-    assert e['n'] == len(by_image) == 30 and sorted(by_image.label.value_counts()) == [3]*10 and e['settings']['subset'].startswith('balanced-30-')
+    by_image = pd.read_csv(Run(run).evaluation_folder('at')/'per_image.csv')
+    for name in ('natural', 'pgd3', 'cw2+fgsm'):
+        assert e['figures'][name] == pytest.approx((by_image[name] == by_image.label).mean())
+    assert e['n'] == len(by_image) == 30 and sorted(by_image.label.value_counts()) == [3]*10
+    assert e['settings']['subset'].startswith('balanced-30-')
     text = (run/'report.md').read_text()
-    assert 'C&W-2+FGSM' in text and f'| PGD-3 | {100*e["pgd3"]:.2f} |' in text and 'As evaluated after training' in text
+    assert 'C&W-2+FGSM' in text and f'| PGD-3 | {100*e["figures"]["pgd3"]:.2f} |' in text and 'As evaluated after training' in text
     again = rescore_run(run, 'cpu')
     assert list(again.table) == list(again.rescored) and len(again) == 2
 
 def test_l_tp_of_a_curve(run):
     "On the images of the recipe's own size"
-    results = evaluate_run(run, ['natural', 'pgd20'], device='cpu', n=30, methods=['at'], which=['last'], eps='0.05,0.15,0.3', pictures=['eps'], progress=False)
+    results = evaluate_run(run, ['natural', 'pgd20'], device='cpu', n=30, methods=['at'], which=['last'],
+                           eps='0.05,0.15,0.3', pictures=['eps'], progress=False)
     assert results[0]['l_tp_attack'] == 'pgd20@0.15' and (run/'eps.png').exists()
-    assert results[0]['last']['pgd20@0.3'] <= results[0]['last']['pgd20@0.05']
+    figures = results[0]['last']['figures']
+    assert figures['pgd20@0.3'] <= figures['pgd20@0.05']
 
 def test_bad_requests(run):
     before = sorted(str(f) for f in run.rglob('*'))
-    for kwargs,match in ((dict(attacks=['pdg20']), 'pdg'), (dict(eps='300'), 'larger than the whole range'), (dict(methods=['mart']), 'not in this run, which has standard'), (dict(pictures=['tnse']), 'tsne'), (dict(n=10**6), 'only 60')):
+    for kwargs,match in (
+            (dict(attacks=['pdg20']), 'pdg'), (dict(eps='300'), 'larger than the whole range'), (dict(pictures=['tnse']), 'tsne'),
+            (dict(methods=['mart']), 'not in this run, which has standard'), (dict(n=10**6), 'only 40')):
         with pytest.raises(ValueError, match=match): evaluate_run(run, device='cpu', progress=False, **kwargs)
     with pytest.raises(FileNotFoundError, match='--images'): rescore_run(run, 'cpu')
     with pytest.raises(ValueError, match='averaged weights'): evaluate_run(run, device='cpu', which=['average'], progress=False)
@@ -83,10 +98,25 @@ def test_checkpoint_in_run(run):
 
 # --- anybody's models
 
+MINE = '''
+from torch import nn
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.m = make()
+    def forward(self, x): return self.m(x),x
+
+def make(): return nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10))
+def pair(): return Pair()
+def soft(): return nn.Sequential(make(), nn.Softmax(1))
+def few(): return nn.Linear(1, 3)
+def text(): return 'model'
+'''
+
 @pytest.fixture
 def mine(tmp_path):
-    (tmp_path/'mine.py').write_text('from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10))\ndef pair():\n    class Pair(nn.Module):\n        def __init__(self): super().__init__(); self.m = make()\n'
-                                    '        def forward(self, x): return self.m(x), x\n    return Pair()\ndef soft(): return nn.Sequential(make(), nn.Softmax(1))\ndef few(): return nn.Linear(1, 3)\ndef text(): return "model"\n')
+    (tmp_path/'mine.py').write_text(MINE)
     return f'{tmp_path/"mine.py"}'
 
 def test_load_any(mine, tmp_path, run):
@@ -100,7 +130,9 @@ def test_load_any(mine, tmp_path, run):
     assert torch.equal(load_any(tmp_path/'net.pt', 10, backbone='resnet10t_16').get_classifier().weight, net.get_classifier().weight)
     assert load_any(run/'checkpoints'/'at'/'last.pt', 10).settings['name'] == 'resnet10t_16'
 
-@pytest.mark.parametrize('spec, match', [('mine.py:none', 'no none'), ('mine.py:text', 'returns a str'), ('mine.py:few', '3 classes'), ('nowhere.py:make', 'no such file'), ('no_such_package:make', 'no_such_package')])
+@pytest.mark.parametrize('spec, match', [
+    ('mine.py:none', 'no none'), ('mine.py:text', 'returns a str'), ('mine.py:few', '3 classes'),
+    ('nowhere.py:make', 'no such file'), ('no_such_package:make', 'no_such_package')])
 def test_load_any_errors(mine, spec, match):
     with pytest.raises(ValueError, match=match): load_any(spec.replace('mine.py', mine), 10)
 
@@ -110,24 +142,29 @@ def test_load_weights_alone(tmp_path):
     with pytest.raises(FileNotFoundError): load_any(tmp_path/'none.pt', 10)
 
 def test_evaluate_any(mine, tmp_path):
-    ev = evaluate_any(f'{mine}:make', 'digits', tmp_path/'out', 'natural,pgd2', eps=.1, n=40, standard=f'{mine}:make', pictures='images,tsne', device='cpu', progress=False)
-    assert {'evaluation.json', 'evaluation.md', 'per_image.csv', 'report.md', 'report.html', 'images.png', 'tsne.png', 'parts'} == {f.name for f in (tmp_path/'out').iterdir()}
+    ev = evaluate_any(f'{mine}:make', 'digits', tmp_path/'out', 'natural,pgd2', eps=.1, n=40, standard=f'{mine}:make',
+                      pictures='images,tsne', device='cpu', progress=False)
+    assert {f.name for f in (tmp_path/'out').iterdir()} == {
+        'evaluation.json', 'evaluation.md', 'per_image.csv', 'report.md', 'report.html', 'images.png', 'tsne.png', 'parts'}
     record = read_evaluation(tmp_path/'out')
-    assert record['pgd2'] == ev['pgd2'] and record['environment']['torch'] and record['l_tp'] > 0
+    assert record['figures'] == ev.figures and record['environment']['torch'] and record['figures']['l_tp'] > 0
     for spec,match in (('pair', 'tuple'), ('soft', 'probabilities')):
-        with pytest.raises(ValueError, match=match): evaluate_any(f'{mine}:{spec}', 'digits', tmp_path/spec, n=40, device='cpu', progress=False)
+        with pytest.raises(ValueError, match=match):
+            evaluate_any(f'{mine}:{spec}', 'digits', tmp_path/spec, n=40, device='cpu', progress=False)
 
 # --- comparisons
 
 def test_compare(runs, tmp_path):
     table = compare_runs([runs/'seed3', runs/'seed4'], tmp_path/'both')
-    df = read_records([runs/'seed3', runs/'seed4'])
+    df = _figures([Run(runs/'seed3'), Run(runs/'seed4')])
     natural = df[df.method == 'at'].natural
-    assert list(table.index) == list(METHODS) and table.loc['at', 'natural'] == f'{natural.mean():.2f} ± {natural.std():.2f}' and set(table.seeds) == {2}
+    assert list(table.index) == list(METHODS) and set(table.seeds) == {2}
+    assert table.loc['at', 'natural'] == f'{natural.mean():.2f} ± {natural.std():.2f}'
     text = (tmp_path/'both'/'report.md').read_text()
-    a,b = (pd.read_csv(evaluation_folder(runs/'seed4', m)/'per_image.csv') for m in ('at', 'at+train'))
+    a,b = (pd.read_csv(Run(runs/'seed4').evaluation_folder(m)/'per_image.csv') for m in ('at', 'at+train'))
     test = mcnemar(list(a.pgd20 == a.label), list(b.pgd20 == b.label))
-    assert f'| seed4 | 4 | at | at+train | PGD-20 | {test["only_first"]} | {test["only_second"]} |' in text and '| seed | 3 | 4 |' in text
+    assert f'| seed4 | 4 | at | at+train | PGD-20 | {test["only_first"]} | {test["only_second"]} |' in text
+    assert '| seed | 3 | 4 |' in text
     assert (tmp_path/'both'/'report.html').exists() and (tmp_path/'both'/'tradeoff.png').exists()
 
 def test_compare_other_experiments(runs, run, tmp_path):
@@ -141,20 +178,23 @@ def test_compare_other_experiments(runs, run, tmp_path):
 
 def test_compare_other_images(run, tmp_path):
     evaluate_run(run, ['natural', 'pgd2'], device='cpu', n=30, methods=['at'], which=['last'], progress=False)
-    with pytest.raises(ValueError, match='other images'): paired(run, 'at', 'at+train')
+    with pytest.raises(ValueError, match='other images'): paired(Run(run), 'at', 'at+train')
     for runs,error in (([], ValueError), ([tmp_path/'none'], FileNotFoundError)):
         with pytest.raises(error): compare_runs(runs, tmp_path/'out')
 
 def test_pairs():
-    assert pairs_of(['at', 'trades', 'at+train', 'trades+lbgat', 'trades+lbgat+train']) == [('at', 'at+train'), ('trades', 'trades+lbgat'), ('trades+lbgat', 'trades+lbgat+train')]
-    assert pairs_of(['standard', 'at', 'Vanilla AT + TRAIN'], 'at+train') == [('Vanilla AT + TRAIN', 'standard'), ('Vanilla AT + TRAIN', 'at')]
+    assert _pairs(['at', 'trades', 'at+train', 'trades+lbgat', 'trades+lbgat+train']) == [
+        ('at', 'at+train'), ('trades', 'trades+lbgat'), ('trades+lbgat', 'trades+lbgat+train')]
+    assert _pairs(['standard', 'at', 'Vanilla AT + TRAIN'], 'at+train') == [
+        ('Vanilla AT + TRAIN', 'standard'), ('Vanilla AT + TRAIN', 'at')]
 
 # --- pictures and pages
 
 def test_every_picture_says_what_is_missing(tmp_path):
+    nothing = Exhibits(dict(m=dict(rows=[], topology={})), None, None, None)
     for name in pictures:
-        with pytest.raises(ValueError, match=f'Picture {name}: '): draw_pictures([name], Exhibits(dict(m=dict(table=[], topology={})), None, None, None), tmp_path)
-    assert draw_pictures('all', Exhibits(dict(m=dict(table=[], topology={})), None, None, None), tmp_path) == [] == list(tmp_path.iterdir())
+        with pytest.raises(ValueError, match=f'Picture {name}: '): draw_pictures([name], nothing, tmp_path)
+    assert draw_pictures('all', nothing, tmp_path) == [] == list(tmp_path.iterdir())
 
 def test_own_picture(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
@@ -165,27 +205,31 @@ def test_own_picture(tmp_path, monkeypatch):
 
 def test_topology_pictures(run):
     "And the strength of methods that differ in β"
-    results = evaluate_run(run, ['natural', 'pgd2', 'topology'], device='cpu', n=20, n_support=30, which=['last'], methods=['standard', 'at'], pictures=['topology', 'tsne'], progress=False)
-    assert (run/'topology.png').exists() and (run/'tsne.png').exists() and 0 <= results[0]['last']['topology_robust'] <= 1
+    results = evaluate_run(run, ['natural', 'pgd2', 'topology'], device='cpu', n=20, n_support=30, which=['last'],
+                           methods=['standard', 'at'], pictures=['topology', 'tsne'], progress=False)
+    assert (run/'topology.png').exists() and (run/'tsne.png').exists()
+    assert 0 <= results[0]['last']['figures']['topology_robust'] <= 1
     records = {f'trades:beta={b}': r['last'] for b,r in zip((1, 6), results)}
     assert draw_pictures(['strength'], Exhibits(records, None, None, None), run) == [run/'strength.png']
     assert 'topology score, %' in (run/'report.md').read_text()
 
 def test_page_is_self_contained(runs):
     page = (runs/'seed3'/'report.html').read_text()
-    assert page.startswith('<!doctype html>') and page.count('data:image/png;base64,') == 4 and not re.search(r'(src|href)="(?!data:)', page) and '<table>' in page and '<title>digits: standard' in page
+    assert page.startswith('<!doctype html>') and '<title>digits: standard' in page and '<table>' in page
+    assert page.count('data:image/png;base64,') == 4 and not re.search(r'(src|href)="(?!data:)', page)
     assert '<script>' not in html_page('# <script>alert(1)</script>\n\n<script>x</script>', runs)
 
 def test_report_without_evaluation(run):
     (run/'report.md').unlink()
-    write_report(run)
+    write_report(Run(run))
     text = (run/'report.md').read_text()
     assert '## Best epoch' in text and 'As evaluated after training' not in text and all(f'### {m}\n' in text for m in METHODS)
 
 # --- from the shell
 
 def test_shell_evaluates_a_run(run, monkeypatch, capsys):
-    shell(monkeypatch, 'evaluate', run, '--attacks', 'natural,pgd2,noise', '--n', 20, '--images', '--which', 'last', '--device', 'cpu', '--pictures', 'tradeoff')
+    shell(monkeypatch, 'evaluate', run, '--attacks', 'natural,pgd2,noise', '--n', 20, '--images', '--which', 'last',
+          '--method', 'at,at+train', '--device', 'cpu', '--pictures', 'tradeoff')
     out = capsys.readouterr().out
     assert re.search(r'at\+train +natural', out) and 'PGD-2' in out and 'balanced-20-' in out and 'report.html' in out
     shell(monkeypatch, 'evaluate', run, '--rescore', '--device', 'cpu')
@@ -195,7 +239,8 @@ def test_shell_evaluates_a_run(run, monkeypatch, capsys):
     assert re.search(r'^at +FGSM', out, re.M) and 'standard' not in out
 
 def test_shell_evaluates_any_model(mine, tmp_path, monkeypatch, capsys):
-    args = 'evaluate', f'{mine}:make', '--data', 'digits', '--attacks', 'natural,pgd2', '--eps', '.05,.1', '--n', 20, '--out', tmp_path/'out', '--device', 'cpu', '--images'
+    args = ('evaluate', f'{mine}:make', '--data', 'digits', '--attacks', 'natural,pgd2', '--eps', '.05,.1', '--n', 20,
+            '--out', tmp_path/'out', '--device', 'cpu', '--images')
     save_tensors(tmp_path/'w.pt', load_any(f'{mine}:make', 10).state_dict())
     shell(monkeypatch, *args, '--weights', tmp_path/'w.pt')
     assert 'PGD-2@.05' in capsys.readouterr().out
@@ -209,26 +254,71 @@ def test_shell_interrupted(run, monkeypatch):
     monkeypatch.setattr(cli, 'evaluate_run', stop)
     with pytest.raises(SystemExit, match='The same command goes on'): shell(monkeypatch, 'evaluate', run)
 
+@pytest.mark.slow
 def test_shell_with_own_pieces(run, tmp_path, monkeypatch, capsys):
     "Models are evaluated and compared without what they were trained with"
     (tmp_path/'own.py').write_text('from fastrain.pieces.losses import AT\nclass Mine(AT): key = "mine_of_the_shell"\n')
-    shell(monkeypatch, 'train', '--resume', '--out', run, '--load', tmp_path/'own.py', '--method', 'mine_of_the_shell', '--device', 'cpu')
+    monkeypatch.setattr(fastrain.runs.evaluate, 'draw_pictures', lambda *args: None)
+    shell(monkeypatch, 'train', '--resume', '--out', run, '--load', tmp_path/'own.py',
+          '--method', 'mine_of_the_shell', '--device', 'cpu')
     from fastrain.pieces.losses import RobustLoss
     RobustLoss.registry.pop('mine_of_the_shell') # as in a new process, and for the tests after this one
-    shell(monkeypatch, 'evaluate', run, '--attacks', 'natural', '--n', 20, '--which', 'last', '--device', 'cpu')
+    shell(monkeypatch, 'evaluate', run, '--attacks', 'natural', '--n', 20, '--which', 'last',
+          '--method', 'at,mine_of_the_shell', '--device', 'cpu')
     shell(monkeypatch, 'compare', run, '--out', tmp_path/'compared')
     assert 'mine_of_the_shell' in capsys.readouterr().out
 
 def test_compare_after_an_evaluation_of_the_best_alone(run, tmp_path):
-    evaluate_run(run, ['natural'], device='cpu', n=20, which=['best'], progress=False)
+    evaluate_run(run, ['natural'], device='cpu', n=20, methods=['at'], which=['best'], progress=False)
     assert list(compare_runs([run], tmp_path/'out').index) == list(METHODS)
 
 def test_shell_compares(runs, tmp_path, monkeypatch, capsys):
     shell(monkeypatch, 'compare', runs/'seed3', runs/'seed4', '--out', tmp_path/'both')
     assert '±' in capsys.readouterr().out and (tmp_path/'both'/'report.html').exists()
 
+OWN_ATTACK = '''
+import torch
+from fastrain.attacks.named import AttackKind
+from fastrain.evaluation.scores import Measure
+from fastrain.runs.gallery import picture
+from matplotlib.figure import Figure
+
+class Halve(AttackKind):
+    key,title = 'halve-of-the-shell','Halving'
+    def make(self, **_): return lambda model, x, y: x/2
+
+class Sure(Measure):
+    key,title,unit,format = 'sure-of-the-shell','sure','%','.1f'
+    def measure(self, evidence): return .25
+
+@picture
+def blank_of_the_shell(e):
+    "Nothing at all."
+    return Figure()
+'''
+
+def test_shell_with_own_attack_measure_and_picture(run, tmp_path, monkeypatch, capsys):
+    "In tables, reports and titles, and compared in a process that is told of them"
+    from fastrain.attacks.named import AttackKind
+    from fastrain.evaluation.scores import Measure
+    (tmp_path/'own.py').write_text(OWN_ATTACK)
+    try:
+        shell(monkeypatch, 'evaluate', run, '--attacks', 'natural,halve-of-the-shell,sure-of-the-shell', '--n', 20, '--which', 'last',
+              '--method', 'at,at+train', '--pictures', 'tradeoff,blank_of_the_shell', '--device', 'cpu', '--load', tmp_path/'own.py')
+        shell(monkeypatch, 'compare', run, '--out', tmp_path/'compared', '--load', tmp_path/'own.py')
+        assert 'Halving' in capsys.readouterr().out
+        page,compared = (run/'report.md').read_text(),(tmp_path/'compared'/'report.md').read_text()
+        assert '| method | natural | Halving | L_TP | sure |' in page and '*Nothing at all.*' in page and '| Halving |' in page
+        assert '| at | at+train | Halving |' in compared and '| 25.00 |' in compared
+    finally:
+        AttackKind.registry.pop('halve-of-the-shell', None)
+        Measure.registry.pop('sure-of-the-shell', None)
+        pictures.pop('blank_of_the_shell', None)
+
 @pytest.mark.parametrize('args, match', [
-    (['--attacks', 'pdg20'], 'pdg'), (['--n', '0'], 'n=0'), (['--which', 'first'], 'first'), (['--pictures', 'x'], 'picture'), (['--bs', '3'], '--bs: a run has its own'), (['--data', 'digits', '--method', 'at'], '--method and --which'), (['--method', 'at,mart'], 'mart')])
+    (['--attacks', 'pdg20'], 'pdg'), (['--n', '0'], 'n=0'), (['--which', 'first'], 'first'), (['--pictures', 'x'], 'picture'),
+    (['--bs', '3'], '--bs: a run has its own'), (['--data', 'digits', '--method', 'at'], '--method: they choose'),
+    (['--method', 'at,mart'], 'mart')])
 def test_shell_refuses(run, monkeypatch, args, match):
     with pytest.raises(SystemExit, match=match) as e: shell(monkeypatch, 'evaluate', run, '--device', 'cpu', *args)
     assert str(e.value).count('\n') == 0

@@ -9,22 +9,25 @@ from fastai.optimizer import OptimWrapper
 from torch import nn
 
 from conftest import digit_dls, digits, make_learner, net, plain_dls, quick, quietly, same, snapshot
+from fastrain import cli
+from fastrain.attacks.autoattack import AutoAttack
+from fastrain.attacks.named import named_attack
 from fastrain.attacks.pgd import PGD
-from fastrain.training.callback import TRAINCallback
-from fastrain.training.checkpoint import Checkpoint
-from fastrain.core import Registered, lookup, parse_eps
+from fastrain.core import lookup, parse_eps
 from fastrain.data.sources import get_dls
 from fastrain.evaluation.evaluate import evaluate
-from fastrain.training.metrics import RobustAccuracy
-from fastrain.attacks.named import AutoAttack, named_attack
-from fastrain.pieces.losses import AT, TRADES
 from fastrain.models.backbone import create_backbone
-from fastrain.training.methods import parse_method
-from fastrain.runs.recipe import make_recipe, recipe_callback, recipe_dls, recipe_learner
+from fastrain.pieces.losses import AT, TRADES
 from fastrain.pieces.relations import Topology
+from fastrain.runs import train
 from fastrain.runs.evaluate import evaluate_run
-from fastrain.runs.folder import load_run_model, read_run
-from fastrain.runs.run import resume_run, train_run
+from fastrain.runs.recipe import make_recipe, recipe_callback, recipe_dls
+from fastrain.runs.run import load_run_model, read_run
+from fastrain.runs.train import resume_run, train_run
+from fastrain.training.callback import TRAINCallback
+from fastrain.training.checkpoint import Checkpoint, standard_state
+from fastrain.training.methods import parse_method
+from fastrain.training.metrics import RobustAccuracy
 from fastrain.training.schedules import LambdaSchedule, as_lambda
 from fastrain.training.standard import CoTrained, Frozen
 
@@ -72,7 +75,8 @@ def test_label_without_output(label):
     y[::2] = label
     refused(f'{label}', plain_dls(x, y))
 
-@pytest.mark.parametrize('change', [lambda y: y.float(), lambda y: nn.functional.one_hot(y, 10), lambda y: nn.functional.one_hot(y, 10).float()])
+@pytest.mark.parametrize('change', [
+    lambda y: y.float(), lambda y: nn.functional.one_hot(y, 10), lambda y: nn.functional.one_hot(y, 10).float()])
 def test_labels_of_another_kind(change):
     x,y = digits('train', 32)
     refused('expected class indices', plain_dls(x, change(y)))
@@ -108,7 +112,8 @@ def test_no_classifier():
     refused('Headless has no classifier', main=Headless())
     refused('Headless has no classifier', std=Headless())
 
-def test_no_classifier_without_train(): quietly(make_learner(digit_dls(), Headless(), TRAINCallback(None, attack=quick()))) # nothing needs features
+def test_no_classifier_without_train(): # nothing needs features
+    quietly(make_learner(digit_dls(), Headless(), TRAINCallback(None, attack=quick())))
 
 @pytest.mark.parametrize('n', [9, 11, 1000])
 def test_classes_disagree(n):
@@ -116,7 +121,8 @@ def test_classes_disagree(n):
     dls.c = 10
     refused(f'adversarial model has {n} outputs.*10 classes', dls, main=net(1, n_classes=n))
     refused(f'standard model has {n} outputs.*10 classes', dls, std=net(2, n_classes=n))
-    refused(f'standard model has {n} outputs.*10 classes', digit_dls(), std=net(2, n_classes=n)) # of the adversarial model's, if the data do not tell
+    # of the adversarial model's, if the data do not tell
+    refused(f'standard model has {n} outputs.*10 classes', digit_dls(), std=net(2, n_classes=n))
 
 def test_same_module():
     m = net(1)
@@ -128,7 +134,8 @@ def test_same_module_in_a_learner():
     refused('same module', main=m, std=m, cb=TRAINCallback(make_learner(digit_dls(), m), attack=quick()))
 
 @pytest.mark.parametrize('standard', [3, 2.5, True, [1], dict(a=1), nn.Module])
-def test_no_standard_model(standard): refused('expected the name of a backbone, an nn.Module or a Learner', cb=TRAINCallback(standard, attack=quick()))
+def test_no_standard_model(standard):
+    refused('expected the name of a backbone, an nn.Module or a Learner', cb=TRAINCallback(standard, attack=quick()))
 
 def test_unknown_names():
     refused("resnet18", cb=TRAINCallback('resent18', attack=quick()))
@@ -149,14 +156,17 @@ def test_frozen_by_name():
 
 def test_built_optimizer():
     main = net(1)
-    learn = make_learner(digit_dls(), main, TRAINCallback(net(2), attack=quick()), opt_func=OptimWrapper(opt=torch.optim.SGD(main.parameters(), .1)))
+    built = OptimWrapper(opt=torch.optim.SGD(main.parameters(), .1))
+    learn = make_learner(digit_dls(), main, TRAINCallback(net(2), attack=quick()), opt_func=built)
     before = snapshot(main)
     with pytest.raises(ValueError, match='opt_func'): quietly(learn)
     assert same(before, snapshot(main))
 
 # --- numbers
 
-@pytest.mark.parametrize('kwargs, match', [(dict(eps=0), 'eps=0'), (dict(eps=-1), 'eps=-1'), (dict(alpha=0), 'alpha=0'), (dict(eps=8), 'write 8/255'), (dict(eps=float('nan')), 'eps=nan')])
+@pytest.mark.parametrize('kwargs, match', [
+    (dict(eps=0), 'eps=0'), (dict(eps=-1), 'eps=-1'), (dict(alpha=0), 'alpha=0'),
+    (dict(eps=8), 'write 8/255'), (dict(eps=float('nan')), 'eps=nan')])
 def test_sizes(kwargs, match):
     with pytest.raises(ValueError, match=match): PGD(**kwargs)
     with pytest.raises(ValueError, match=match): make_recipe(**kwargs)
@@ -177,7 +187,9 @@ def test_lambda_settings():
     with pytest.raises(ValueError, match='lam_max=-2'): as_lambda(-2.)
     with pytest.raises(ValueError, match='lam'): make_recipe(lam=-1)
 
-@pytest.mark.parametrize('kwargs, match', [(dict(epochs=0), 'epochs=0'), (dict(lr=0), 'lr=0'), (dict(lr=-1), 'lr=-1'), (dict(precision='fp8'), 'precision')])
+@pytest.mark.parametrize('kwargs, match', [
+    (dict(epochs=0), 'epochs=0'), (dict(epochs=1.5), 'epochs=1.5'), (dict(lr=0), 'lr=0'), (dict(lr=-1), 'lr=-1'),
+    (dict(precision='fp8'), 'precision')])
 def test_recipe(kwargs, match):
     with pytest.raises(ValueError, match=match): make_recipe(**kwargs)
 
@@ -190,8 +202,10 @@ def test_others():
 
 # --- methods
 
-@pytest.mark.parametrize('method, match', [('standard+train', 'makes none'), ('at+trades', 'two pieces'), ('train+train', 'two pieces'), ('at+', "method ''"), ('', "method ''"),
-    ('trades:beta', 'name=value'), ('trades:beat=3', 'beat'), ('trades:beta=-1', 'beta=-1'), ('at:beta=3', 'beta|argument'), ('train:reduction=mean', 'batchmean')])
+@pytest.mark.parametrize('method, match', [
+    ('standard+train', 'makes none'), ('at+trades', 'two pieces'), ('train+train', 'two pieces'), ('at+', "method ''"),
+    ('', "method ''"), ('trades:beta', 'name=value'), ('trades:beat=3', 'beat'), ('trades:beta=-1', 'beta=-1'),
+    ('at:beta=3', 'beta|argument'), ('train:reduction=mean', 'batchmean')])
 def test_methods(method, match):
     with pytest.raises(ValueError, match=match): parse_method(method)
 
@@ -216,7 +230,8 @@ def test_loss_not_finite(tmp_path, value, relation):
     with pytest.raises(FloatingPointError, match=r'epoch 1, batch 2 \(ce = (nan|inf)') as e: quietly(learn, 3, 1e-3, cbs=ckpt)
     assert str(tmp_path/'ckpt'/'last.pt') in str(e.value) and ('l_tp = ' in str(e.value)) == (relation is None)
     state = torch.load(tmp_path/'ckpt'/'last.pt', weights_only=True)
-    assert state['epoch'] == 1 and all(v.isfinite().all() for v in state['model'].values()) and all(v.isfinite().all() for v in state['callbacks']['train_cb']['standard']['model'].values())
+    assert state['epoch'] == 1
+    for weights in (state['model'], standard_state(state)['model']): assert all(v.isfinite().all() for v in weights.values())
     learn = make_learner(digit_dls(), net(5), TRAINCallback(net(6), robust=AT(), attack=quick(), relation=relation))
     quietly(learn, 3, 1e-3, cbs=Checkpoint(tmp_path/'ckpt', resume=True)) # and the run goes on from there
     assert len(learn.recorder.values) == 3
@@ -235,7 +250,7 @@ def test_loss_not_finite_in_the_first_epoch(tmp_path):
 
 @pytest.mark.parametrize('layer', ['conv1', 'fc'])
 def test_standard_model_not_finite(layer):
-    "The loss of M is not in the loss that is shown, and features that are not numbers must not pass for zeros: without M there is no anchor"
+    "Its loss is not in the loss that is shown, and features that are not numbers must not pass for zeros: M is the anchor"
     std = net(2)
     getattr(std, layer).weight.data.fill_(float('nan'))
     learn = make_learner(digit_dls(), net(1), TRAINCallback(std, attack=quick()))
@@ -248,7 +263,8 @@ def test_evaluate_not_finite():
 
 def test_evaluate_bad_data():
     x,y = digits('test', 8)
-    for dl,match in (([(x*255, y)], r'expected \[0, 1\]'), ([(x, y + 5)], 'no output'), ([], 'no images'), ([(x, y.float())], 'class indices')):
+    for dl,match in (
+        ([(x*255, y)], r'expected \[0, 1\]'), ([(x, y + 5)], 'no output'), ([], 'no images'), ([(x, y.float())], 'class indices')):
         with pytest.raises(ValueError, match=match): evaluate(net(1), dl, dict(natural=None), progress=False)
 
 # --- runs
@@ -263,8 +279,10 @@ def test_existing_folder(tmp_path):
     (tmp_path/'file').write_text('mine')
     with pytest.raises(FileExistsError): train_run(tmp_path/'file', tiny(), ['at'], 'cpu')
 
-@pytest.mark.parametrize('kwargs, methods, error', [(dict(), ['at', 'tardes'], "'trades'"), (dict(data='cifar11'), ['at'], "'cifar10'"), (dict(backbone='resent18'), ['at'], 'resnet18'),
-    (dict(standard='resent18'), ['at', 'at+train'], 'resnet18'), (dict(bs=100), ['at'], 'bs=100')])
+@pytest.mark.parametrize('kwargs, methods, error', [
+    (dict(), ['at', 'tardes'], "'trades'"), (dict(data='cifar11'), ['at'], "'cifar10'"), (dict(backbone='resent18'), ['at'], 'resnet18'),
+    (dict(standard='resent18'), ['at', 'at+train'], 'resnet18'), (dict(bs=100), ['at'], 'bs=100'),
+    (dict(), ['at', 'at+train+frozen'], 'frozen needs a standard model')])
 def test_no_folder_for_a_mistake(tmp_path, kwargs, methods, error):
     "Whatever is mistyped is found before anything is trained or written"
     with pytest.raises(ValueError, match=error): train_run(tmp_path/'run', tiny(**kwargs), methods, 'cpu')
@@ -295,31 +313,37 @@ def test_standard_from_a_file_of_something_else(tmp_path):
     r = tiny(standard=str(tmp_path/'std.pt'))
     with pytest.raises(ValueError, match='std.pt'): recipe_callback(r, 'at+train', recipe_dls(r, 'cpu'))
 
-# --- the command line; each call imports everything anew, which takes seconds
+# --- the command line
 
-def cli(*args, cwd):
-    res = subprocess.run([sys.executable, '-c', 'from fastrain.cli import main; main()', *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=120)
+def in_a_process(*args, cwd):
+    command = [sys.executable, '-c', 'from fastrain.cli import main; main()', *map(str, args)]
+    res = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
     return res.returncode,[l for l in res.stderr.strip().splitlines() if 'Warning' not in l and 'warn' not in l]
 
 def one_line(code, lines): return code == 1 and len(lines) == 1 and lines[0].startswith('fastrain') and 'Traceback' not in lines[0]
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
+    "Each call imports everything anew, which takes seconds"
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'x').write_text('')
     for args,match in ((('train', '--out', 'run', '--epochs', 1), 'run exists already'), (('evaluate', 'nowhere'), 'nowhere is no run')):
-        code,lines = cli(*args, cwd=tmp_path)
+        code,lines = in_a_process(*args, cwd=tmp_path)
         assert one_line(code, lines) and match in lines[0], lines
 
-@pytest.mark.parametrize('argv, match', [(['trian'], "'train'"), (['train', '--eps', '8'], '8/255'), (['train', '--eps', 'big'], '8/255'), (['train', '--method', 'tardes'], "'trades'"),
-    (['train', '--method', 'standard+train'], 'makes none'), (['train', '--data', 'cifar11'], "'cifar10'"), (['train', '--backbone', 'resent18'], 'resnet18'), (['train', '--drops', '5,x'], 'drops'),
-    (['train', '--out', 'new', '--resume'], 'no run'), (['train', '--path', 'nowhere', '--data', 'cifar10'], 'nowhere'), (['train', '--device', 'gpu'], '(?i)device'), (['train', '--img-size', '4'], 'img_size'),
-    (['train', '--n-train', '10000000'], '(?i)n_train|images'), (['train', '--holdout', '-0.5'], 'holdout'), (['train', '--lam', 'nan'], 'lam'), (['train', '--data', 'nodir/x'], 'nodir')])
+@pytest.mark.parametrize('argv, match', [
+    (['trian'], "'train'"), (['train', '--eps', '8'], '8/255'), (['train', '--eps', 'big'], '8/255'),
+    (['train', '--method', 'tardes'], "'trades'"), (['train', '--method', 'standard+train'], 'makes none'),
+    (['train', '--data', 'cifar11'], "'cifar10'"), (['train', '--backbone', 'resent18'], 'resnet18'),
+    (['train', '--drops', '5,x'], 'drops'), (['train', '--out', 'new', '--resume'], 'no run'),
+    (['train', '--path', 'nowhere', '--data', 'cifar10'], 'nowhere'), (['train', '--device', 'gpu'], '(?i)device'),
+    (['train', '--img-size', '4'], 'img_size'), (['train', '--n-train', '10000000'], '(?i)n_train|images'),
+    (['train', '--holdout', '-0.5'], 'holdout'), (['train', '--lam', 'nan'], 'lam'), (['train', '--data', 'nodir/x'], 'nodir'),
+    (['evaluate', 'nowhere'], 'nowhere is no run'), (['evaluate', 'nowhere', '--load', 'own.txt'], 'own.txt')])
 def test_commands(argv, match, tmp_path, monkeypatch):
     "The same in this process: `sys.exit` with one line, which Python prints and returns 1 for"
-    from fastrain import cli
-    from fastrain.runs import run
     def trains(*args): raise AssertionError('it trains')
-    monkeypatch.setattr(run, '_train', trains) # so that a mistake that is not found fails at once
+    monkeypatch.setattr(train, 'train_method', trains) # so that a mistake that is not found fails at once
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', ['fastrain', *argv])
     with pytest.raises(SystemExit, match=match) as e: cli.main()

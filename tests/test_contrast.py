@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 from conftest import Call, digit_dls, make_learner, net, quick, quietly, same, snapshot
 from fastrain.attacks.pgd import PGD
-from fastrain.training.callback import TRAINCallback, history
-from fastrain.pieces.crd import CRD, OtherClasses, bank_dots, nce_loss, train_labels
+from fastrain.training.callback import TRAINCallback
+from fastrain.training.metrics import history
+from fastrain.pieces.crd import CRD, _OtherClasses, _bank_dots, _train_labels, nce_loss
 from fastrain.core import get_rng_state, seed_all
 from fastrain.data.sources import get_dls
 from fastrain.pieces.losses import AT, TRADES
-from fastrain.pieces.base import Output, Views
+from fastrain.pieces.base import Output, Training, Views
 from fastrain.pieces.relations import Relation, Topology
 from fastrain.training.standard import Frozen
 from test_resume import build, check, run
@@ -23,10 +24,10 @@ from test_resume import build, check, run
 labels = torch.randint(0, 4, (80,), generator=torch.Generator().manual_seed(0))
 
 def fake(labels=labels, dtype=torch.float64):
-    "What `setup` reads of a callback"
+    "What `setup` reads of a training"
     dl = SimpleNamespace(idxs=None, rows=torch.arange(len(labels)), images=SimpleNamespace(y=labels))
     main,std = net(1, width=1).to(dtype),net(2, width=2).to(dtype)
-    return SimpleNamespace(learn=SimpleNamespace(model=main, dls=SimpleNamespace(train=dl)), policy=SimpleNamespace(model=std))
+    return Training(main, std, dl=dl)
 
 def ready(labels=labels, dtype=torch.float64, **kwargs):
     crd = CRD(**{'k':12, 'dim':6, **kwargs})
@@ -96,8 +97,10 @@ def test_nce_is_finite_at_the_ends_of_the_scores():
             assert loss.item() == pytest.approx(nce_loss(log_s.double(), 16384/5e4).item(), rel=1e-4)
 
 def test_both_ways_to_the_scores():
-    e,bank,places = torch.randn(5, 6, dtype=torch.float64, requires_grad=True),torch.randn(40, 6, dtype=torch.float64),torch.randint(40, (5, 9))
-    a,b = bank_dots(e, bank, places),bank_dots(e, bank, places, dense=0)
+    e = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    bank = torch.randn(40, 6, dtype=torch.float64)
+    places = torch.randint(40, (5, 9))
+    a,b = _bank_dots(e, bank, places),_bank_dots(e, bank, places, dense=0)
     torch.testing.assert_close(a, b)
     assert a[2,3].item() == pytest.approx((e[2]*bank[places[2,3]]).sum().item())
     w = torch.randn_like(a)
@@ -107,7 +110,7 @@ def test_both_ways_to_the_scores():
 
 @pytest.mark.parametrize('labels', [labels, torch.tensor([0, 1]), torch.tensor([3, 3, 1, 3, 1, 0])]) # class 2 of the last is empty
 def test_negatives(labels):
-    others,y = OtherClasses(labels),labels.unique()
+    others,y = _OtherClasses(labels),labels.unique()
     drawn = others.draw(y, 20000)
     for c,row in zip(y, drawn):
         want = (labels != c).nonzero()[:,0]
@@ -117,7 +120,7 @@ def test_negatives(labels):
     assert others.least == min((labels != c).sum() for c in y)
 
 def test_one_class():
-    with pytest.raises(ValueError, match='of one class'): OtherClasses(torch.zeros(5, dtype=torch.long))
+    with pytest.raises(ValueError, match='of one class'): _OtherClasses(torch.zeros(5, dtype=torch.long))
 
 def test_k_is_capped():
     y = torch.tensor([0]*7 + [1]*3)
@@ -207,7 +210,8 @@ def test_zero_features_are_finite():
     loss = crd(v.seen(adv=Output(None, f)))
     assert loss.isfinite() and torch.autograd.grad(loss, f)[0].isfinite().all() and all(b.isfinite().all() for b in crd._banks)
 
-@pytest.mark.parametrize('bad, match', [(dict(k=0), 'k=0'), (dict(k=2.5), 'k=2.5'), (dict(dim=0), 'dim=0'), (dict(T=0), 'T=0'), (dict(momentum=1), 'momentum=1'),
+@pytest.mark.parametrize('bad, match', [(dict(k=0), 'k=0'), (dict(k=2.5), 'k=2.5'), (dict(dim=0), 'dim=0'), (dict(T=0), 'T=0'),
+                                        (dict(momentum=1), 'momentum=1'),
                                         (dict(momentum=-.1), 'momentum=-0.1'), (dict(weight=-1), 'weight=-1')])
 def test_bad_settings(bad, match):
     with pytest.raises(ValueError, match=match): CRD(**bad)
@@ -222,14 +226,15 @@ def test_registered():
 def fit(relation, robust=AT, std=None, n_epoch=1, lr=3e-3, cbs=(), attack=None, n=64, lam=5., **kwargs):
     seed_all(0)
     dls = get_dls('digits', bs=16, n_train=n, n_test=24, device='cpu', **kwargs)
-    learn = make_learner(dls, net(1, width=6), [TRAINCallback(net(2) if std is None else std, robust=robust(), relation=relation, attack=attack or quick(), lam=lam), *cbs])
+    cb = TRAINCallback(net(2) if std is None else std, robust=robust(), relation=relation, attack=attack or quick(), lam=lam)
+    learn = make_learner(dls, net(1, width=6), [cb, *cbs])
     seed_all(0)
     return quietly(learn, n_epoch, lr)
 
 def small(**kwargs): return CRD(**{'k':24, 'dim':16, **kwargs})
 
-@pytest.mark.parametrize('robust', [AT, TRADES])
-@pytest.mark.parametrize('policy', ['cotrained', 'frozen'])
+@pytest.mark.parametrize('robust, policy', [(AT, 'cotrained'), (TRADES, 'frozen'), pytest.param(AT, 'frozen', marks=pytest.mark.slow),
+                                            pytest.param(TRADES, 'cotrained', marks=pytest.mark.slow)])
 def test_trains(robust, policy):
     "With the term in the loss, less of it is left than where the embeddings alone learn"
     def std(): return Frozen(net(2)) if policy == 'frozen' else net(2)
@@ -275,7 +280,8 @@ def test_each_row_once_per_epoch_and_never_by_the_attack():
     def look(learn):
         if learn.training: calls.append((copy.deepcopy(crd._banks), learn.dl.idxs.clone()))
     start = []
-    learn = fit(crd, attack=Watch(.1, .05, 5), cbs=[Call('before_train', lambda l: start.append(copy.deepcopy(crd._banks))), Call('after_loss', look, 7)])
+    learn = fit(crd, attack=Watch(.1, .05, 5), cbs=[Call('before_train', lambda l: start.append(copy.deepcopy(crd._banks))),
+                                                    Call('after_loss', look, 7)])
     assert attacks == [True]*4 and len(calls) == 4
     before = start[0]
     for banks,idx in calls:
@@ -290,7 +296,7 @@ def test_each_row_once_per_epoch_and_never_by_the_attack():
 
 def test_labels_and_places():
     dls = get_dls('digits', bs=16, n_train=40, device='cpu', augment=False)
-    y = train_labels(dls.train)
+    y = _train_labels(dls.train)
     for _,yb in dls.train: assert torch.equal(y[dls.train.idxs], yb.as_subclass(torch.Tensor))
 
 def test_fit_twice_continues():
@@ -319,7 +325,7 @@ def test_loader_without_places():
     with pytest.raises(ValueError, match='which images a batch holds'): quietly(learn)
 
 def test_loader_without_images():
-    with pytest.raises(ValueError, match='pixel_dls'): train_labels(SimpleNamespace(idxs=None, rows=None))
+    with pytest.raises(ValueError, match='pixel_dls'): _train_labels(SimpleNamespace(idxs=None, rows=None))
 
 def test_images_that_are_opened_as_needed(tmp_path):
     for part,n in (('train', 6), ('test', 3)):
@@ -328,16 +334,16 @@ def test_images_that_are_opened_as_needed(tmp_path):
             for i in range(n): Image.fromarray(np.random.randint(0, 256, (80, 80, 3), dtype=np.uint8)).save(tmp_path/part/c/f'{i}.png')
     dls = get_dls(tmp_path, bs=4, img_size=72, holdout=0, device='cpu')
     assert not dls.train.in_memory
-    labels = train_labels(dls.train)
+    labels = _train_labels(dls.train)
     for _,y in dls.train: assert torch.equal(labels[dls.train.idxs], y.as_subclass(torch.Tensor))
 
 def with_crd(): return TRAINCallback(net(2, drop=.2), relation=[small(), Topology()], attack=quick())
 
-@pytest.mark.parametrize('stops', [(0,), (1, 2)])
+@pytest.mark.parametrize('stops', [(1, 2), pytest.param((0,), marks=pytest.mark.slow)])
 def test_resumed(tmp_path, stops):
     whole,parts = check(tmp_path, with_crd, stops=stops)
     a,b = (l.train_cb.relations[0].state_dict() for l in (whole, parts))
     assert same(a, b)
     assert same(*(l.train_cb._side.opt.state_dict()['state'] for l in (whole, parts)))
     x,y = (torch.load(tmp_path/p/'ckpt'/'last.pt', weights_only=True)['callbacks']['train_cb'] for p in 'ab')
-    assert same(x, y) and same(x['pieces']['crd']['banks'], [*a['banks']]) and len(x['pieces']['crd']['log_z']) == 2
+    assert same(x, y) and same(x['pieces']['relations.crd']['banks'], [*a['banks']]) and len(x['pieces']['relations.crd']['log_z']) == 2

@@ -17,24 +17,32 @@ from torch import nn
 
 from fastrain.data import pixels, sources
 from fastrain.core import seed_all
-from fastrain.data.sources import SafeUnpickler, get_dls, list_images, load_cifar_pickle, pick, read_cifar, read_tiny
+from fastrain.data.cifar import _load_pickle, _SafeUnpickler, read_cifar
+from fastrain.data.folders import list_images
+from fastrain.data.parts import pick_balanced
 from fastrain.data.pixels import CropFlip, crop_flip, decode_images
+from fastrain.data.sources import get_dls, read_tiny
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*holds .* training and test images', 'ignore:load_learner')
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch): monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
 
 def draw(path, n, size=32, seed=0, ext='png', mode='RGB'):
     "`n` different images in the new folder `path`"
     path.mkdir(parents=True)
     rng = np.random.default_rng([seed, *path.name.encode()])
-    for i in range(n): Image.fromarray(rng.integers(0, 256, (size, size, 3)).astype(np.uint8)).convert(mode).save(path/f'{i:04d}.{ext}')
+    for i in range(n):
+        im = Image.fromarray(rng.integers(0, 256, (size, size, 3)).astype(np.uint8))
+        im.convert(mode).save(path/f'{i:04d}.{ext}')
     return path
 
 @pytest.fixture
 def folder(tmp_path):
-    for c in 'abc': draw(tmp_path/'im'/'train'/c, 12); draw(tmp_path/'im'/'test'/c, 5, seed=1)
+    for c in 'abc':
+        draw(tmp_path/'im'/'train'/c, 12)
+        draw(tmp_path/'im'/'test'/c, 5, seed=1)
     return tmp_path/'im'
 
 def small(name, **kwargs): return get_dls(name, **{'bs': 8, 'device': 'cpu', **kwargs})
@@ -45,12 +53,14 @@ def tiny_net(c, side=32): return nn.Sequential(nn.AvgPool2d(side//4), nn.Flatten
 
 def cifar_dict(n, k, seed, labels=b'labels'):
     rng = np.random.default_rng(seed)
-    return {b'data': rng.integers(0, 256, (n, 3072)).astype(np.uint8), labels: [i % k for i in range(n)], b'filenames': [b'x.png']*n}
+    x = rng.integers(0, 256, (n, 3072)).astype(np.uint8)
+    return {b'data': x, labels: [i % k for i in range(n)], b'filenames': [b'x.png']*n}
 
 def write_cifar10(root):
     d = root/'cifar-10-batches-py'
     d.mkdir(parents=True)
-    for i, name in enumerate([f'data_batch_{j}' for j in range(1, 6)]+['test_batch']): (d/name).write_bytes(pickle.dumps(cifar_dict(20, 10, i), 2))
+    names = [*(f'data_batch_{j}' for j in range(1, 6)), 'test_batch']
+    for i, name in enumerate(names): (d/name).write_bytes(pickle.dumps(cifar_dict(20, 10, i), 2))
     (d/'batches.meta').write_bytes(pickle.dumps({b'label_names': [b'c%d' % i for i in range(10)]}, 2))
     return d
 
@@ -60,7 +70,8 @@ def test_cifar10_pickles_and_archive_agree(tmp_path):
     with tarfile.open(tmp_path/'b'/'cifar-10-python.tar.gz', 'w:gz') as tar: tar.add(d, d.name)
     dls = [small('cifar10', path=p) for p in (tmp_path/'a', d, tmp_path/'b', tmp_path/'b'/'cifar-10-python.tar.gz')]
     for o in dls:
-        assert [len(l.dataset) for l in o.loaders] == [100, 20] and o.valid_is_test and list(o.vocab) == [f'c{i}' for i in range(10)]
+        assert [len(l.dataset) for l in o.loaders] == [100, 20] and o.valid_is_test
+        assert list(o.vocab) == [f'c{i}' for i in range(10)]
         assert torch.equal(o.valid.images.x, dls[0].valid.images.x)
     first = torch.from_numpy(cifar_dict(20, 10, 0)[b'data'][3]).view(3, 32, 32)
     assert torch.equal(dls[0].train.images.x[3], first) and dls[0].train.images.label(3) == 'c3'
@@ -70,7 +81,8 @@ def test_cifar100_pickles_and_str_keys(tmp_path):
     d.mkdir()
     for i, n in enumerate(['train', 'test']):
         (d/n).write_bytes(pickle.dumps({k.decode(): v for k, v in cifar_dict(200, 100, i, b'fine_labels').items()}))
-    (d/'meta').write_bytes(pickle.dumps({'fine_label_names': [f'f{i}' for i in range(100)], 'coarse_label_names': []}))
+    meta = {'fine_label_names': [f'f{i}' for i in range(100)], 'coarse_label_names': []}
+    (d/'meta').write_bytes(pickle.dumps(meta))
     assert small('cifar100', path=tmp_path).c == 100
 
 def test_cifar100_folders_are_nested(tmp_path):
@@ -85,13 +97,15 @@ def write_tiny(root):
     draw(d/'val'/'images', 6, size=64, ext='JPEG')
     (d/'wnids.txt').write_text('\n'.join(wnids)+'\n')
     (d/'words.txt').write_text('n01\tgoldfish\n')
-    (d/'val'/'val_annotations.txt').write_text(''.join(f'{i:04d}.JPEG\t{wnids[i%3]}\t0\t32\t44\t62\n' for i in range(6)))
+    lines = [f'{i:04d}.JPEG\t{wnids[i%3]}\t0\t32\t44\t62\n' for i in range(6)]
+    (d/'val'/'val_annotations.txt').write_text(''.join(lines))
     return d
 
 def test_tiny_imagenet(tmp_path):
     d = write_tiny(tmp_path)
     a, b = small('tiny-imagenet', path=tmp_path), small('tiny-imagenet', path=d, img_size=64)
-    assert list(a.vocab) == ['n01', 'n02', 'n03'] and a.valid_is_test and [len(o.dataset) for o in a.loaders] == [12, 6]
+    assert list(a.vocab) == ['n01', 'n02', 'n03'] and a.valid_is_test
+    assert [len(o.dataset) for o in a.loaders] == [12, 6]
     assert a.train.images.x.shape[-1] == 32 and b.train.images.x.shape[-1] == 64
     assert [a.vocab[y] for y in a.valid.one_batch()[1]] == ['n02', 'n01', 'n03']*2
     (d/'val'/'images'/'0003.JPEG').unlink()
@@ -134,7 +148,8 @@ def test_store_equals_pil(folder):
 @pytest.mark.parametrize('which', [0, 1])
 def test_fast_batches_equal_fastais_own(folder, which):
     fast = small(folder)[which].new(shuffle=False)
-    plain = TfmdDL(fast.dataset, bs=8, num_workers=0, drop_last=fast.drop_last, do_setup=False, after_item=fast.after_item, after_batch=fast.after_batch)
+    plain = TfmdDL(fast.dataset, bs=8, num_workers=0, drop_last=fast.drop_last, do_setup=False,
+                   after_item=fast.after_item, after_batch=fast.after_batch)
     assert fast.in_memory
     def batches(dl):
         list(dl) # whatever a first pass sets up
@@ -142,7 +157,8 @@ def test_fast_batches_equal_fastais_own(folder, which):
         return list(dl)
     a, b = batches(fast), batches(plain)
     assert len(a) == len(b) == (4 if which == 0 else 2)
-    for (x, y), (x2, y2) in zip(a, b): assert torch.equal(x, x2) and torch.equal(y, y2) and type(x) is type(x2) and type(y) is type(y2)
+    for s, t in zip(a, b):
+        for o, p in zip(s, t): assert torch.equal(o, p) and type(o) is type(p)
 
 def test_an_item_transform_of_the_user_is_applied(folder):
     dls = small(folder)
@@ -168,7 +184,7 @@ def test_crop_flip_statistics():
     x[:, :, 4, 1] = 1
     out = CropFlip(pad=1)(TensorImage(x), split_idx=0)
     at = out.as_subclass(torch.Tensor).sum((0, 1)).float()/9000
-    assert torch.allclose(at[3:6, 0:3], torch.full((3, 3), 1/18), atol=.01) and torch.allclose(at[3:6, 5:8], torch.full((3, 3), 1/18), atol=.01)
+    for cols in (slice(0, 3), slice(5, 8)): assert torch.allclose(at[3:6, cols], torch.full((3, 3), 1/18), atol=.01)
     assert torch.equal(CropFlip()(TensorImage(x), split_idx=1), TensorImage(x))
 
 # --- reproducible batches
@@ -189,7 +205,8 @@ def test_batches_resume_from_the_two_states(folder):
     run(dl)
     state = torch.get_rng_state(), dl.rng.getstate()
     a = run(dl)
-    torch.set_rng_state(state[0]); dl.rng.setstate(state[1])
+    torch.set_rng_state(state[0])
+    dl.rng.setstate(state[1])
     assert same(a, run(dl))
 
 def test_train_shuffles_and_drops_valid_does_neither(folder):
@@ -218,26 +235,33 @@ def test_pixels_stay_in_unit_range(folder):
 def test_holdout_is_disjoint_stratified_and_seeded(folder):
     a, b, c = (small(folder, holdout=.25, seed=s) for s in (0, 0, 1))
     train, held, test = ({int(i) for i in dl.rows} for dl in a.loaders)
-    assert train | held == set(range(36)) and not train & held and len(test) == 15 and a.test is a[2] and not a.valid_is_test
+    assert train | held == set(range(36)) and not train & held
+    assert len(test) == 15 and a.test is a[2] and not a.valid_is_test
     assert np.bincount(a.valid.images.y[list(held)]).tolist() == [3, 3, 3]
     assert torch.equal(a.valid.rows, b.valid.rows) and not torch.equal(a.valid.rows, c.valid.rows)
     assert len(small(folder, holdout=6).valid.rows) == 6
 
 def test_subsets_are_balanced_and_fixed(folder):
-    torch.manual_seed(0); a = small(folder, n_train=9, n_test=6)
-    torch.manual_seed(1); b = small(folder, n_train=9, n_test=6)
+    torch.manual_seed(0)
+    a = small(folder, n_train=9, n_test=6)
+    torch.manual_seed(1)
+    b = small(folder, n_train=9, n_test=6)
     for x, y in zip(a.loaders, b.loaders): assert torch.equal(x.rows, y.rows)
-    assert np.bincount(a.train.images.y[a.train.rows]).tolist() == [3, 3, 3] and np.bincount(a.test.images.y[a.test.rows]).tolist() == [2, 2, 2]
+    assert np.bincount(a.train.images.y[a.train.rows]).tolist() == [3, 3, 3]
+    assert np.bincount(a.test.images.y[a.test.rows]).tolist() == [2, 2, 2]
 
-def test_pick_takes_what_there_is():
+def test_pick_balanced_takes_what_there_is():
     y = np.repeat([0, 1], [3, 10])
-    assert np.bincount(y[pick(y, 8)]).tolist() == [3, 5] and len(pick(y, 13)) == 13
+    assert np.bincount(y[pick_balanced(y, 8)]).tolist() == [3, 5] and len(pick_balanced(y, 13)) == 13
 
 # --- cache
 
 def test_cache_is_used_rebuilt_and_follows_changes(folder, monkeypatch):
     calls, plain = [], pixels.decode_images
-    for module in (pixels, sources): monkeypatch.setattr(module, 'decode_images', lambda *a, **k: calls.append(1) or plain(*a, **k))
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+    for module in (pixels, sources): monkeypatch.setattr(module, 'decode_images', counted)
     x = small(folder).train.images.x
     assert torch.equal(small(folder).train.images.x, x) and len(calls) == 1
     file, = pixels.cache_dir().iterdir()
@@ -273,8 +297,12 @@ def test_fastai_learner(folder, tmp_path, img_size):
     labelled = dls.test_dl([file, folder/'test'/'c'/'0000.png'], with_labels=True, num_workers=0)
     assert learn.get_preds(dl=labelled)[1].tolist() == [1, 2]
     interp = Interpretation.from_learner(learn)
-    interp.plot_top_losses(4); interp.show_results([0, 3])
-    learn.show_results(); dls.show_batch(); dls.valid.show_batch(); dls.train.show_batch(unique=True)
+    interp.plot_top_losses(4)
+    interp.show_results([0, 3])
+    learn.show_results()
+    dls.show_batch()
+    dls.valid.show_batch()
+    dls.train.show_batch(unique=True)
     learn.export('e.pkl')
     assert (tmp_path/'e.pkl').stat().st_size < 100_000
     again = load_learner(tmp_path/'e.pkl')
@@ -316,8 +344,11 @@ def test_download_really_downloads(tmp_path, monkeypatch):
         monkeypatch.setitem(sources.SOURCES, 'cifar10', sources.SOURCES['cifar10']._replace(url=f'{url}/cifar10.tgz'))
         assert len(small('cifar10').train_ds) == 8
         monkeypatch.setitem(sources.SOURCES, 'cifar10', sources.SOURCES['cifar10']._replace(url=f'{url}/gone.tgz'))
-        with pytest.raises(OSError, match=r"could not be downloaded(.|\n)*get_dls\('cifar10', path=DIR\)"): small('cifar10')
-    finally: server.shutdown(); server.server_close()
+        with pytest.raises(OSError, match=r"could not be downloaded(.|\n)*get_dls\('cifar10', path=DIR\)"):
+            small('cifar10')
+    finally:
+        server.shutdown()
+        server.server_close()
 
 # --- bad input
 
@@ -334,9 +365,10 @@ def test_a_malicious_pickle_is_refused(tmp_path, protocol):
 
 def test_the_unpickler_reads_every_protocol():
     a = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    for p in range(5): assert np.array_equal(load_cifar_pickle(pickle.dumps({'data': a}, p), 'x')['data'], a)
+    for p in range(5): assert np.array_equal(_load_pickle(pickle.dumps({'data': a}, p), 'x')['data'], a)
     for bad in (b'cbuiltins\neval\n.', b'cnumpy\nload\n.', b'cnumpy.core.multiarray\nndarray\n.'):
-        with pytest.raises(pickle.UnpicklingError, match='which no data set needs'): SafeUnpickler(io.BytesIO(bad)).load()
+        with pytest.raises(pickle.UnpicklingError, match='which no data set needs'):
+            _SafeUnpickler(io.BytesIO(bad)).load()
 
 def test_incomplete_pickles(tmp_path):
     d = write_cifar10(tmp_path)
@@ -359,7 +391,8 @@ def test_a_truncated_archive(tmp_path):
     with pytest.raises(ValueError, match='not a whole archive'): small('cifar10', path=tmp_path)
 
 def test_a_smaller_copy_than_published_warns(folder):
-    with pytest.warns(UserWarning, match=r'\(36, 15\) training and test images, the published'): small('cifar10', path=folder)
+    with pytest.warns(UserWarning, match=r'\(36, 15\) training and test images, the published'):
+        small('cifar10', path=folder)
 
 @pytest.mark.parametrize('cut', [0, 300, -40])
 def test_a_half_downloaded_image_is_named(tmp_path, cut):
@@ -381,7 +414,7 @@ def test_class_folders(folder):
     (folder/'train'/'d').rmdir()
     draw(folder/'test'/'e', 2)
     with pytest.raises(ValueError, match=r"test part .* classes \['e'\], which are not"): small(folder)
-    shutil.rmtree(folder/'test'/'e'); shutil.rmtree(folder/'test'/'b')
+    for c in 'eb': shutil.rmtree(folder/'test'/c)
     with pytest.raises(ValueError, match=r"no images of the classes \['b'\]"): small(folder)
     for c in 'bc': shutil.rmtree(folder/'train'/c)
     with pytest.raises(ValueError, match="only the class 'a'"): small(folder)
@@ -395,10 +428,18 @@ def test_misplaced_images(tmp_path):
     with pytest.raises(ValueError, match="Two folders have the class name 'images'"): small(tmp_path/'y')
 
 @pytest.mark.parametrize('kwargs,msg', [
-    (dict(bs=2), 'bs=2: give at least 3'), (dict(bs=37), 'bs=37 is above the 36'), (dict(holdout=1.5), 'holdout=1.5 is out of range'),
-    (dict(holdout=-.1), 'holdout=-0.1 is out'), (dict(holdout=36), 'holdout=36 is out'), (dict(holdout=1.), 'holdout=1.0 is out'), (dict(holdout=.001), 'holdout=0.001 is out'),
-    (dict(n_train=0), 'n_train=0 is out'), (dict(n_train=99), 'the train set has 36'), (dict(n_test=16), 'the test set has 15'),
-    (dict(img_size=0), 'img_size=0'), (dict(img_size=32.), 'img_size=32.0')])
+    (dict(bs=2), r'bs=2: expected a whole number of images \(a relation compares .* ≥ 3'),
+    (dict(bs=37), 'bs=37 is above the 36'),
+    (dict(holdout=1.5), 'holdout=1.5 is out of range'),
+    (dict(holdout=-.1), 'holdout=-0.1 is out'),
+    (dict(holdout=36), 'holdout=36 is out'),
+    (dict(holdout=1.), 'holdout=1.0 is out'),
+    (dict(holdout=.001), 'holdout=0.001 is out'),
+    (dict(n_train=0), 'n_train=0: expected a whole number of images of the train set ≥ 1'),
+    (dict(n_train=99), 'n_train=99: .* train set ≥ 1 and ≤ 36'),
+    (dict(n_test=16), 'n_test=16: .* test set ≥ 1 and ≤ 15'),
+    (dict(img_size=0), 'img_size=0: expected a whole side in pixels ≥ 8'),
+    (dict(img_size=32.5), 'img_size=32.5')])
 def test_numbers_out_of_range(folder, kwargs, msg):
     with pytest.raises(ValueError, match=msg): small(folder, **kwargs)
 
@@ -406,7 +447,8 @@ def test_missing_parts_and_mixed_sizes(tmp_path):
     for i, c in enumerate('ab'): draw(tmp_path/c, 6, size=32+4*i)
     with pytest.raises(ValueError, match='give holdout=0.2'): small(tmp_path)
     with pytest.raises(ValueError, match='no test set'): small(tmp_path, bs=4, holdout=.5, n_test=2)
-    with pytest.raises(ValueError, match=r'differ in size: .*a/0000.png is 32x32, .*b/0000.png is 36x36.*img_size=32'): small(tmp_path, bs=4, holdout=.5)
+    with pytest.raises(ValueError, match=r'differ in size: .*a/0000.png is 32x32, .*b/0000.png is 36x36.*img_size=32'):
+        small(tmp_path, bs=4, holdout=.5)
     dls = small(tmp_path, bs=4, holdout=.5, img_size=32)
     assert dls.train.images.x.shape == (12, 3, 32, 32)
     with pytest.raises(ValueError, match='no test set'): dls.test

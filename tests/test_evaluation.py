@@ -1,8 +1,11 @@
-"What `evaluate` leaves behind, on which images it measures, how it goes on after an interruption, and whether its files, figures and notes agree"
+"What `evaluate` leaves behind, on which images it measures, how it goes on, and whether its files, figures and notes agree"
 import copy
+import dataclasses
 import io
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -13,20 +16,26 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import Forwards, digit_dls, digits, make_learner, net, same, snapshot
-from fastrain.attacks.pgd import PGD, margin
+from fastrain.attacks.named import named_attack, parse_attacks
+from fastrain.attacks.pgd import PGD, logit_margin
+from fastrain.attacks.worst import WorstCase
 from fastrain.core import fork_rng, get_rng_state
 from fastrain.data.sources import get_dls
-from fastrain.evaluation.evaluate import evaluate, named_attacks, read_evaluation, rescore, saved_images
-from fastrain.models.features import logits_and_features
+from fastrain.evaluation.evaluate import evaluate, parse_figures, rescore, saved_images
 from fastrain.evaluation.measure import Batches, Job, measure
-from fastrain.evaluation.scores import l_tp_score, topology_score, wilson
-from fastrain.attacks.named import WorstCase, named_attack
+from fastrain.evaluation.record import read_evaluation, read_record
+from fastrain.evaluation.scores import Measure, l_tp_score, topology_score, wilson
+from fastrain.evaluation.tables import evaluation_text, results_table
+from fastrain.models.features import logits_and_features
 
 def batches(n=24, bs=8, part='test'):
     x,y = digits(part, n)
     return list(zip(x.split(bs), y.split(bs)))
 
-def run(model=None, dl=None, attacks='natural,pgd2', **kwargs): return evaluate(trained() if model is None else model, dl if dl is not None else batches(), attacks, **{**dict(eps=.06, checks=False, progress=False), **kwargs})
+def run(model=None, dl=None, attacks='natural,pgd2', **kwargs):
+    if model is None: model = trained()
+    if dl is None: dl = batches()
+    return evaluate(model, dl, attacks, **{**dict(eps=.06, checks=False, progress=False), **kwargs})
 
 _trained = []
 def trained():
@@ -42,7 +51,10 @@ def trained():
         _trained.append(model)
     return copy.deepcopy(_trained[0]).requires_grad_().eval()
 
-def columns(ev): return {k: {n: v for n,v in c.items() if n not in ('seconds', 'files')} for k,c in ev.columns.items()}
+def columns(ev, leave_out=('seconds', 'files')):
+    return {k: {n: v for n,v in c.items() if n not in leave_out} for k,c in ev.columns.items()}
+
+def without_features(ev): return columns(ev, ('seconds', 'files', 'features'))
 
 class Counted(PGD):
     "PGD that counts its calls, and is interrupted in that number `stop`"
@@ -55,8 +67,12 @@ class Counted(PGD):
 
 # --- what is left behind
 
-def everything(model): return dict(state=snapshot(model), modes=[m.training for m in model.modules()], requires_grad=[p.requires_grad for p in model.parameters()], grads=[None if p.grad is None else p.grad.clone() for p in model.parameters()],
-                                   hooks=[len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()])
+def everything(model):
+    return dict(state=snapshot(model),
+                modes=[m.training for m in model.modules()],
+                requires_grad=[p.requires_grad for p in model.parameters()],
+                grads=[None if p.grad is None else p.grad.clone() for p in model.parameters()],
+                hooks=[len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()])
 
 def mixed():
     model = net(drop=.5).train()
@@ -112,13 +128,15 @@ def test_attack_that_trains():
         model.bn2.train()
         return x
     model = trained()
-    with pytest.raises(RuntimeError, match=r'^mine left the model in training mode \(bn2\)'): run(model, attacks=dict(natural=None, mine=attack))
+    with pytest.raises(RuntimeError, match=r'^mine left the model in training mode \(bn2\)'):
+        run(model, attacks=dict(natural=None, mine=attack))
     assert not model.bn2.training
 
 def test_measured_in_eval_mode():
     model,seen = net(drop=.5).train(),[]
     model.register_forward_hook(lambda m, *args: seen.append(any(o.training for o in m.modules())))
-    assert same(columns(run(model, attacks='natural,pgd2,pgd2+cw2', checks=True)), columns(run(model.eval(), attacks='natural,pgd2,pgd2+cw2'))) and not any(seen)
+    training = columns(run(model, attacks='natural,pgd2,pgd2+cw2', checks=True))
+    assert same(training, columns(run(model.eval(), attacks='natural,pgd2,pgd2+cw2'))) and not any(seen)
 
 # --- precision
 
@@ -153,13 +171,14 @@ def test_kinds_of_loaders():
     want = run(model, batches())
     xs = list(zip(*(t.split(8) for t in digits('test', 24))))
     generator = ((x, y) for x,y in xs)
-    for dl in (dls, dls.valid, xs, generator, dls.valid.new(shuffle=True), torch.utils.data.DataLoader(list(zip(*digits('test', 24))), batch_size=8)):
+    torch_dl = torch.utils.data.DataLoader(list(zip(*digits('test', 24))), batch_size=8)
+    for dl in (dls, dls.valid, xs, generator, dls.valid.new(shuffle=True), torch_dl):
         assert same(columns(run(model, dl)), columns(want))
     assert run(make_learner(dls, model), dls)['pgd2'] == want['pgd2'] and want.n == 24 and want['natural'] > want['pgd2']
 
 def test_dataloaders_are_their_test_set():
     dls = get_dls('digits', bs=64, holdout=60, n_test=100, augment=False, device='cpu')
-    assert run(dl=dls, attacks='natural').n == 100 and run(dl=dls.valid, attacks='natural').n == 60 and run(dl=digit_dls(), attacks='natural').n == 24
+    assert [run(dl=dl, attacks='natural').n for dl in (dls, dls.valid, digit_dls())] == [100, 60, 24]
 
 def test_training_images_are_plain_and_in_order():
     dls = get_dls('digits', bs=64, n_train=200, augment=True, device='cpu')
@@ -172,13 +191,17 @@ def test_training_images_are_plain_and_in_order():
 def test_subset():
     dls = get_dls('digits', bs=64, n_test=120, augment=False, device='cpu')
     x,y = (torch.cat(o) for o in zip(*Batches(dls)))
-    kinds = dict(dls=dls, dl=dls.valid, shuffled=dls.valid.new(shuffle=True), items=TfmdDL(list(zip(x, y)), bs=50, num_workers=0), batches=list(zip(x.split(17), y.split(17))), torch=torch.utils.data.DataLoader(list(zip(x, y)), batch_size=9))
+    items = list(zip(x, y))
+    kinds = dict(dls=dls, dl=dls.valid, shuffled=dls.valid.new(shuffle=True), items=TfmdDL(items, bs=50, num_workers=0),
+                 batches=list(zip(x.split(17), y.split(17))), torch=torch.utils.data.DataLoader(items, batch_size=9))
     subsets = {k: Batches(dl, 33) for k,dl in kinds.items()}
     first = subsets['dls']
     assert first.name.startswith('balanced-33-seed0-') and torch.equal(first.rows, first.rows.sort()[0]) and len(first.rows.unique()) == 33
     assert {int(c) for c in y[first.rows].bincount(minlength=10)} <= {3, 4}
     for k,b in subsets.items():
-        for _ in range(2): assert torch.equal(torch.cat([o[0] for o in b]), x[first.rows]) and torch.equal(torch.cat([o[1] for o in b]), y[first.rows]), k
+        for _ in range(2):
+            got = [torch.cat(o) for o in zip(*b)]
+            assert torch.equal(got[0], x[first.rows]) and torch.equal(got[1], y[first.rows]), k
         assert b.name == first.name and torch.equal(b.rows, first.rows)
     assert Batches(dls, 33, seed=1).name != first.name and Batches(dls, 32).name != first.name and Batches(dls).name == 'all'
 
@@ -202,19 +225,25 @@ def test_subset_of_a_shuffled_torch_loader():
     subset = Batches(torch.utils.data.DataLoader(list(zip(x, y)), batch_size=20, shuffle=True), 30)
     with pytest.raises(ValueError, match='another order'): list(subset)
 
-@pytest.mark.parametrize('n, dl, match', [(0, batches, 'n=0'), (-3, batches, 'n=-3'), (25, batches, 'n=25, but there are only 24'), (25, digit_dls, 'only 24'), (5, lambda: iter(batches()), 'of an iterator'), (5, lambda: (b for b in batches()), 'iterated twice')])
+@pytest.mark.parametrize('n, dl, match', [
+    (0, batches, 'n=0'), (-3, batches, 'n=-3'), (2.5, batches, 'n=2.5'), (25, batches, 'n=25, but there are only 24'),
+    (25, digit_dls, 'only 24'), (5, lambda: iter(batches()), 'of an iterator'), (5, lambda: (b for b in batches()), 'iterated twice')])
 def test_bad_subsets(n, dl, match):
     with pytest.raises(ValueError, match=match): run(dl=dl(), n=n)
 
-def bad(x=lambda x: x, y=lambda y: y, at=0): return [(x(a), y(b)) if i == at else (a, b) for i,(a,b) in enumerate(batches())]
+def bad(x=lambda x: x, y=lambda y: y, at=0):
+    return [(x(a), y(b)) if i == at else (a, b) for i,(a,b) in enumerate(batches())]
 
 @pytest.mark.parametrize('at', [0, 1])
-@pytest.mark.parametrize('change, match', [(dict(x=lambda x: x + .2), r'expected \[0, 1\]'), (dict(x=lambda x: x*2 - 1), r'\[-1, 1\]'), (dict(x=lambda x: (x*255).byte()), 'uint8.*divide by 255'), (dict(x=lambda x: x*255), r'\[0, 255\]'), (dict(x=lambda x: x*float('nan')), 'nan')])
+@pytest.mark.parametrize('change, match', [
+    (lambda x: x + .2, r'expected \[0, 1\]'), (lambda x: x*2 - 1, r'\[-1, 1\]'), (lambda x: x*255, r'\[0, 255\]'),
+    (lambda x: (x*255).byte(), 'uint8.*divide by 255'), (lambda x: x*float('nan'), 'nan')])
 def test_bad_images(change, match, at):
-    with pytest.raises(ValueError, match=match): run(dl=bad(at=at, **change))
+    with pytest.raises(ValueError, match=match): run(dl=bad(x=change, at=at))
 
 @pytest.mark.parametrize('at', [0, 1])
-@pytest.mark.parametrize('change, match', [(lambda y: y + 10, 'has no output: the model has the classes 0 to 9'), (lambda y: y - 10, r'Label -\d+ has no output')])
+@pytest.mark.parametrize('change, match', [
+    (lambda y: y + 10, 'has no output: the model has the classes 0 to 9'), (lambda y: y - 10, r'Label -\d+ has no output')])
 def test_labels_without_an_output(change, match, at):
     with pytest.raises(ValueError, match=match): run(dl=bad(y=change, at=at), attacks='natural')
 
@@ -244,23 +273,26 @@ def test_figures_are_those_of_a_plain_loop():
     ev = run(model, attacks='natural,fgsm,pgd2')
     with torch.no_grad():
         z = model(x)
-        assert torch.equal(ev.columns['natural']['pred'], z.argmax(1)) and ev['natural'] == pytest.approx((z.argmax(1) == y).double().mean().item(), abs=1e-7)
-        torch.testing.assert_close(ev.columns['natural']['margin'], margin(z, y), rtol=1e-5, atol=1e-5)
+        assert torch.equal(ev.columns['natural']['pred'], z.argmax(1))
+        assert ev['natural'] == pytest.approx((z.argmax(1) == y).double().mean().item(), abs=1e-7)
+        torch.testing.assert_close(ev.columns['natural']['margin'], logit_margin(z, y), rtol=1e-5, atol=1e-5)
     x_adv = torch.cat([named_attack('fgsm', .06)(model, *b) for b in batches()])
     assert torch.equal(ev.right('fgsm'), model(x_adv).argmax(1) == y)
-    for name,row in ((r['attack'], r) for r in ev.rows):
-        hits = round(ev[name]*24)
-        assert (row['hits'], row['n'], row['low'], row['high']) == (hits, 24, *wilson(hits, 24)) and row['accuracy'] == hits/24
+    for row in ev.rows:
+        hits = round(ev[row.name]*24)
+        assert (row.hits, row.n, row.low, row.high) == (hits, 24, *wilson(hits, 24)) and row.accuracy == hits/24
     table = ev.table
-    assert list(table.index) == ['natural', 'FGSM', 'PGD-2', 'worst case'] and table.loc['PGD-2', ['accuracy, %', 'ε', 'step', 'steps', 'seed', 'n']].tolist() == [f'{100*ev["pgd2"]:.2f}', '0.06', '0.006', '2', 0, 24]
+    assert list(table.index) == ['natural', 'FGSM', 'PGD-2', 'worst case']
+    shown = table.loc['PGD-2', ['accuracy, %', 'ε', 'step', 'steps', 'seed', 'n']].tolist()
+    assert shown == [f'{100*ev["pgd2"]:.2f}', '0.06', '0.006', '2', 0, 24]
 
 def test_figures_do_not_depend_on_other_attacks():
-    alone = {k: columns(run(attacks=['natural', k]))[k] for k in ('noise', 'pgd2', 'cw2', 'pgd2+cw2')}
-    together = columns(run(attacks=['cw2', 'pgd2+cw2', 'fgsm', 'noise', 'pgd2']))
-    assert all(same({n: v for n,v in together[k].items() if n != 'features'}, {n: v for n,v in c.items() if n != 'features'}) for k,c in alone.items())
-    assert same(columns(run(attacks=['natural', 'noise'], checks=True, standard=net()))['noise']['margin'], alone['noise']['margin'])
+    alone = {k: without_features(run(attacks=['natural', k]))[k] for k in ('noise', 'pgd2', 'cw2', 'pgd2+cw2')}
+    together = without_features(run(attacks=['cw2', 'pgd2+cw2', 'fgsm', 'noise', 'pgd2']))
+    assert all(same(together[k], c) for k,c in alone.items())
+    assert same(without_features(run(attacks=['natural', 'noise'], checks=True, standard=net()))['noise'], alone['noise'])
     torch.rand(7)
-    assert same(columns(run(attacks=['natural', 'noise']))['noise'], alone['noise']) # nor on the global generator
+    assert same(without_features(run(attacks=['natural', 'noise']))['noise'], alone['noise']) # nor on the global generator
 
 def test_seeds_differ():
     a,b = (run(attacks='noise', seed=s) for s in (0, 1))
@@ -272,21 +304,29 @@ def test_seeds_differ():
 def test_worst_case_is_point_by_point():
     ev = run(attacks='natural,fgsm,cw3,noise', eps=.04)
     right = ev.right('fgsm') & ev.right('cw3') & ev.right('noise')
-    assert ev['worst case'] == int(right.sum())/len(right) <= min(ev['fgsm'], ev['cw3'], ev['noise']) and torch.equal(ev.worst(['fgsm', 'cw3', 'noise']), right)
-    assert 'worst case' not in run(attacks='natural,pgd2').figures and ev.accuracies == ['natural', 'fgsm', 'cw3', 'noise', 'worst case']
+    assert ev['worst case'] == int(right.sum())/len(right) <= min(ev['fgsm'], ev['cw3'], ev['noise'])
+    assert torch.equal(ev.worst(['fgsm', 'cw3', 'noise']), right)
+    assert 'worst case' not in run(attacks='natural,pgd2').figures
+    assert ev.accuracies == ['natural', 'fgsm', 'cw3', 'noise', 'worst case']
 
 def test_several_eps():
     ev = run(attacks='natural,fgsm,noise,pgd2@1/255', eps='4/255,8/255')
-    assert list(ev.figures) == ['natural', 'fgsm@4/255', 'fgsm@8/255', 'noise@4/255', 'noise@8/255', 'pgd2@1/255', 'worst case@4/255', 'worst case@8/255']
-    assert [a and round(a.eps*255, 6) for a in ev.attacks.values()] == [None, 4, 8, 4, 8, 1]
-    for e in (4, 8): assert ev[f'worst case@{e}/255'] == pytest.approx((ev.right(f'fgsm@{e}/255') & ev.right(f'noise@{e}/255')).float().mean().item())
-    assert same({k.partition('@')[0]: {n: v for n,v in c.items() if n != 'features'} for k,c in columns(ev).items() if '@8' in k}, {k: {n: v for n,v in c.items() if n != 'features'} for k,c in columns(run(attacks='fgsm,noise', eps=8/255)).items()})
-    for eps in ([4/255, 8/255], ('4/255', '8/255'), '4/255, 8/255'): assert list(named_attacks('natural,fgsm', eps)[0]) == ['natural', 'fgsm@4/255', 'fgsm@8/255']
-    assert list(named_attacks('fgsm', '0.031,0.1')[0]) == ['fgsm@0.031', 'fgsm@0.1'] and list(named_attacks('fgsm', ['8/255'])[0]) == ['fgsm']
+    assert list(ev.figures) == ['natural', 'fgsm@4/255', 'fgsm@8/255', 'noise@4/255', 'noise@8/255', 'pgd2@1/255',
+                                'worst case@4/255', 'worst case@8/255']
+    assert [a.eps and round(a.eps*255, 6) for a in ev.attacks.values()] == [None, 4, 8, 4, 8, 1]
+    assert [(r.base, r.size) for r in ev.rows[1:3]] == [('fgsm', '4/255'), ('fgsm', '8/255')]
+    for e in (4, 8):
+        right = ev.right(f'fgsm@{e}/255') & ev.right(f'noise@{e}/255')
+        assert ev[f'worst case@{e}/255'] == pytest.approx(right.float().mean().item())
+    alone = without_features(run(attacks='fgsm,noise', eps=8/255))
+    assert all(same(without_features(ev)[f'{k}@8/255'], c) for k,c in alone.items())
+    for eps in ([4/255, 8/255], ('4/255', '8/255'), '4/255, 8/255'):
+        assert list(parse_attacks('natural,fgsm', eps)) == ['natural', 'fgsm@4/255', 'fgsm@8/255']
+    assert list(parse_attacks('fgsm', '0.031,0.1')) == ['fgsm@0.031', 'fgsm@0.1'] and list(parse_attacks('fgsm', ['8/255'])) == ['fgsm']
 
 def test_worst_cases_of_two_norms():
     ev = run(attacks={f'{k}{i}': PGD(.5, .1, i, norm=k) for k in ('linf', 'l2') for i in (1, 2)})
-    worst = [r['hits'] for r in ev.rows if r['attack'].startswith('worst case')]
+    worst = [r.hits for r in ev.rows if r.kind == 'worst case']
     assert worst == [int(ev.worst([f'{k}1', f'{k}2']).sum()) for k in ('linf', 'l2')]
 
 class OwnLinear(nn.Module):
@@ -324,7 +364,8 @@ def test_second_call_attacks_nothing(tmp_path):
     first = run(model, attacks=attacks, out=tmp_path, images=True)
     calls,forwards = attack.calls,Forwards(model)
     again = run(model, attacks=attacks, out=tmp_path, images=True)
-    assert same(columns(again), columns(first)) and again.rows == first.rows and attack.calls == calls == 6
+    assert same(columns(again), columns(first)) and again.rows == first.rows # the seconds, too
+    assert attack.calls == calls == 6
     assert forwards.n == 1 # the look at the first batch
     assert same(columns(run(model, attacks=attacks)), columns(first))
 
@@ -333,7 +374,8 @@ def test_interruption(tmp_path, stop):
     def attacks(stop=None):
         attack = Counted(.06, .02, 3)
         attack.stop = stop
-        return attack,dict(natural=None, fgsm=named_attack('fgsm', .06), mine=attack, worst=WorstCase(dict(noise=named_attack('noise', .06), mine=attack)))
+        worst = WorstCase(dict(noise=named_attack('noise', .06), mine=attack))
+        return attack,dict(natural=None, fgsm=named_attack('fgsm', .06), mine=attack, worst=worst)
     attack,whole = attacks()
     want = run(attacks=whole, out=tmp_path/'whole', images=True)
     total = attack.calls
@@ -344,7 +386,8 @@ def test_interruption(tmp_path, stop):
     torch.rand(3)
     got = run(attacks=todo, out=tmp_path/'cut', images=True)
     assert done == stop and attack.calls == total - done
-    assert same(columns(got), columns(want)) and (tmp_path/'cut'/'per_image.csv').read_bytes() == (tmp_path/'whole'/'per_image.csv').read_bytes()
+    assert same(columns(got), columns(want))
+    assert (tmp_path/'cut'/'per_image.csv').read_bytes() == (tmp_path/'whole'/'per_image.csv').read_bytes()
     for k in ('fgsm', 'mine', 'worst'): assert same(list(saved_images(tmp_path/'cut', k)), list(saved_images(tmp_path/'whole', k)))
     assert not list((tmp_path/'cut').rglob('.*'))
 
@@ -355,9 +398,14 @@ def test_parts_are_not_mistaken(tmp_path):
     pixel = [(x.clone(), y) for x,y in data]; pixel[1][0][0] = 1 - pixel[1][0][0]
     label = [(x, y.clone()) for x,y in data]; label[2][1][3] = 9 - label[2][1][3]
     attack = dict(attacks='natural,pgd2')
-    cases = [attack, attack | dict(eps=.03), attack | dict(alpha=.05), attack | dict(norm='l2', eps=1.), attack | dict(seed=1), dict(attacks='cw2'), dict(attacks='pgd2-las'), dict(attacks=dict(pgd2=PGD(.06, .02, 5))), dict(attacks=dict(pgd2=PGD(.06, .006, 2, start='natural'))),
-             dict(attacks=dict(pgd2=WorstCase(dict(pgd2=named_attack('pgd2', .06))))), attack | dict(dl=pixel), attack | dict(dl=label), attack | dict(dl=data[::-1]), attack | dict(dl=batches(bs=6)), attack | dict(n=12),
-             attack | dict(model=changed(lambda m: m.conv1.weight.data.view(-1)[:9].neg_())), attack | dict(model=changed(lambda m: m.bn1.running_mean.add_(.1))), attack | dict(model=changed(lambda m: m.fc.bias.data[3:4].add_(3))), attack | dict(model=trained().double())]
+    settings = [dict(), dict(eps=.03), dict(alpha=.05), dict(norm='l2', eps=1.), dict(seed=1), dict(dl=pixel), dict(dl=label),
+                dict(dl=data[::-1]), dict(dl=batches(bs=6)), dict(n=12), dict(model=trained().double()),
+                dict(model=changed(lambda m: m.conv1.weight.data.view(-1)[:9].neg_())),
+                dict(model=changed(lambda m: m.bn1.running_mean.add_(.1))),
+                dict(model=changed(lambda m: m.fc.bias.data[3:4].add_(3)))]
+    worst = WorstCase(dict(pgd2=named_attack('pgd2', .06)))
+    objects = [PGD(.06, .02, 5), PGD(.06, .006, 2, start='natural'), worst]
+    cases = [*(attack | s for s in settings), dict(attacks='cw2'), dict(attacks='pgd2-las'), *(dict(attacks=dict(pgd2=a)) for a in objects)]
     want = [columns(run(**c)) for c in cases]
     assert sum(same(a, b) for i,a in enumerate(want) for b in want[:i]) == 0 # else nothing would be seen
     for _ in range(2): assert all(same(columns(run(out=tmp_path, **c)), w) for c,w in zip(cases, want))
@@ -371,7 +419,9 @@ def test_features_and_images_are_added(tmp_path):
     assert attack.calls == 6 and sum(len(y) for _,y in saved_images(tmp_path, 'mine')) == 24
 
 def test_objectives_are_not_mistaken(tmp_path):
-    make = lambda sign: {'mine': PGD(.06, .03, 3, start='natural', objective=lambda model, x, y: lambda z, at=...: sign*F.cross_entropy(z, y[at], reduction='sum'))}
+    def make(sign):
+        def objective(model, x, y): return lambda z, at=...: sign*F.cross_entropy(z, y[at], reduction='sum')
+        return {'mine': PGD(.06, .03, 3, start='natural', objective=lambda *args: objective(*args))}
     down,up = (run(attacks=make(s))['mine'] for s in (-1, 1))
     assert down > up and [run(attacks=make(s), out=tmp_path)['mine'] for s in (-1, 1)] == [down, up]
 
@@ -391,13 +441,17 @@ class Scaled(nn.Module):
     def forward(self, x): return self.model(x)*self.scale
 
 class Shifted(nn.Module):
-    def __init__(self, model, shift): super().__init__(); self.model = model; self.register_buffer('shift', torch.tensor(shift), persistent=False)
+    def __init__(self, model, shift):
+        super().__init__()
+        self.model = model
+        self.register_buffer('shift', torch.tensor(shift), persistent=False)
     def forward(self, x): return self.model((x + self.shift).clamp(0, 1))
 
 @pytest.mark.parametrize('make', [Scaled, Shifted])
 def test_models_are_not_mistaken(tmp_path, make):
-    want = [columns(run(make(trained(), v), attacks='natural')) for v in (-1., .5)]
-    assert not same(*want) and [same(columns(run(make(trained(), v), attacks='natural', out=tmp_path)), w) for v,w in zip((-1., .5), want)] == [True, True]
+    def measured(v, **kwargs): return columns(run(make(trained(), v), attacks='natural', **kwargs))
+    want = [measured(v) for v in (-1., .5)]
+    assert not same(*want) and same([measured(v, out=tmp_path) for v in (-1., .5)], want)
 
 @pytest.mark.parametrize('keep', [0, 1, 100, .5, .99])
 def test_damaged_part(tmp_path, keep):
@@ -427,7 +481,9 @@ def weak(monkeypatch):
     before = package.AutoAttack._set_version
     def set_version(self, version='standard'):
         before(self, version)
-        self.apgd.n_iter,self.apgd_targeted.n_iter,self.fab.n_iter,self.square.n_queries = 1,1,2,60
+        self.apgd.n_iter = self.apgd_targeted.n_iter = 1
+        self.fab.n_iter = 2
+        self.square.n_queries = 60
     monkeypatch.setattr(package.AutoAttack, '_set_version', set_version)
 
 def test_rescore(tmp_path, weak):
@@ -436,14 +492,14 @@ def test_rescore(tmp_path, weak):
     before = everything(model)
     ev = run(model, attacks='natural,noise,pgd2,fgsm+cw2,aa', eps=.03, out=tmp_path, images=True)
     got = rescore(model, tmp_path)
-    assert list(got.index) == ['noise', 'pgd2', 'fgsm+cw2', 'aa'] and got.table.tolist() == got.rescored.tolist() == [ev[k] for k in got.index] and got.rescored.nunique() > 1
-    model.zero_grad() # FAB leaves gradients, see test_threats
+    assert list(got.index) == ['noise', 'pgd2', 'fgsm+cw2', 'aa']
+    assert got.table.tolist() == got.rescored.tolist() == [ev[k] for k in got.index] and got.rescored.nunique() > 1
     assert same(everything(model), before)
     other = rescore(net(5), tmp_path)
     assert other.table.tolist() == got.table.tolist() and other.rescored.tolist() != other.table.tolist()
     assert rescore(make_learner(digit_dls(), model), tmp_path).equals(got)
-    x = torch.cat([x for x,_ in saved_images(tmp_path, 'pgd2')])
-    assert .01 < (x - digits('test', 24)[0]).abs().max() <= .03 + 1e-6 and torch.equal(torch.cat([y for _,y in saved_images(tmp_path, 'pgd2')]), digits('test', 24)[1])
+    x,y = (torch.cat(o) for o in zip(*saved_images(tmp_path, 'pgd2')))
+    assert .01 < (x - digits('test', 24)[0]).abs().max() <= .03 + 1e-6 and torch.equal(y, digits('test', 24)[1])
 
 def test_rescore_needs_images(tmp_path):
     with pytest.raises(FileNotFoundError, match='no evaluation.json'): rescore(net(), tmp_path)
@@ -460,32 +516,41 @@ def test_rescore_without_weights(tmp_path):
 def test_per_image(tmp_path, weak):
     ev = run(attacks='natural,pgd2,fgsm+noise,aa', eps=.03, out=tmp_path)
     table = pd.read_csv(tmp_path/'per_image.csv', keep_default_na=False)
-    assert table.equals(pd.read_csv(io.StringIO(ev.per_image.to_csv(index=False)), keep_default_na=False)) and len(table) == 24 and table.label.tolist() == digits('test', 24)[1].tolist()
+    assert table.equals(pd.read_csv(io.StringIO(ev.per_image.to_csv(index=False)), keep_default_na=False))
+    assert len(table) == 24 and table.label.tolist() == digits('test', 24)[1].tolist()
     for k in ev.attacks:
         right = table[k] == table.label
         assert right.mean() == pytest.approx(ev[k], abs=1e-6)
         assert (table[f'{k} margin'][right] <= 0).all() and (table[f'{k} margin'][~right] >= 0).all()
     for k in ('fgsm+noise', 'aa'):
         by,right = table[f'{k} broken by'],table[k] == table.label
-        assert ((by == '') == right).all() and ((by == 'natural') == (table.natural != table.label)).all() and set(by) <= {'', 'natural', *ev.attacks[k].stages}
-        for i,stage in enumerate(ev.attacks[k].stages): assert next(r for r in ev.rows if r['attack'] == f'{k} after {stage}')['hits'] == (~by.isin(['natural', *ev.attacks[k].stages[:i+1]])).sum()
+        stages = list(ev.attacks[k].stages)
+        assert ((by == '') == right).all() and ((by == 'natural') == (table.natural != table.label)).all()
+        assert set(by) <= {'', 'natural', *stages}
+        for i,stage in enumerate(stages):
+            row = next(r for r in ev.rows if r.name == f'{k} after {stage}')
+            assert row.hits == (~by.isin(['natural', *stages[:i+1]])).sum()
     assert set(table['aa broken by']) >= {'apgd-ce'} and 'pgd2 broken by' not in table
 
 def test_stages_only_fall(weak):
     ev = run(attacks='natural,aa', eps=.02)
-    hits = [int(ev.right('natural').sum())] + [r['hits'] for r in ev.rows if ' after ' in r['attack']]
+    stages = [r for r in ev.rows if r.kind == 'stage']
+    hits = [int(ev.right('natural').sum())] + [r.hits for r in stages]
     assert len(hits) == 5 and hits == sorted(hits, reverse=True) and hits[-1] == int(ev.right('aa').sum()) < hits[0]
-    assert [r['eps'] for r in ev.rows if 'aa' in r['attack']] == [.02]*5
+    assert [r.eps for r in stages] == [.02]*4 and stages[0].title == 'AutoAttack after APGD-CE'
 
 def test_json(tmp_path):
     ev = run(attacks='natural,pgd2,fgsm', out=tmp_path, standard=net(), support=batches(part='train'), checks=True)
     def strict(s): raise AssertionError(f'{s} is no JSON')
     record = json.loads((tmp_path/'evaluation.json').read_text(), parse_constant=strict)
-    assert record == read_evaluation(tmp_path) and all(record[k] == v for k,v in ev.figures.items()) and {'natural', 'pgd2', 'fgsm', 'worst case', 'l_tp'} <= {*record}
-    assert record['n'] == 24 and record['notes'] == ev.notes and record['settings'] == ev.settings and [r['attack'] for r in record['table']] == [r['attack'] for r in ev.rows]
-    assert [r['settings'] for r in record['table']] == [None, *(repr(ev.attacks[k]) for k in ('pgd2', 'fgsm')), None]
-    assert all((tmp_path/'parts'/f).is_file() for fs in record['files'].values() for f in fs) and [len(fs) for fs in record['files'].values()] == [3]*3
-    assert (tmp_path/'evaluation.md').read_text() == ev.text()
+    assert record == read_evaluation(tmp_path) and record['version'] == 2 and record['figures'] == ev.figures
+    assert list(ev.figures) == ['natural', 'pgd2', 'fgsm', 'worst case', 'l_tp']
+    assert record['n'] == 24 and record['notes'] == ev.notes and record['settings'] == ev.settings
+    assert record['rows'] == [dataclasses.asdict(r) for r in ev.rows]
+    assert [r['settings'] for r in record['rows']] == [None, *(repr(ev.attacks[k].attack) for k in ('pgd2', 'fgsm')), None]
+    assert all((tmp_path/'parts'/f).is_file() for fs in record['files'].values() for f in fs)
+    assert [len(fs) for fs in record['files'].values()] == [3]*3
+    assert (tmp_path/'evaluation.md').read_text() == ev.text() == evaluation_text(record)
 
 def test_read_evaluation_needs_one(tmp_path):
     with pytest.raises(FileNotFoundError, match='evaluate with out='): read_evaluation(tmp_path)
@@ -507,12 +572,16 @@ def test_topology_is_that_by_hand(explicit):
     dls = digit_dls(40, 8)
     ev = run(model, test if explicit else dls, 'topology,fgsm', support=train if explicit else None, ks=(5, 20, 50))
     attack = named_attack('fgsm', .06)
-    (nat,y),(adv,_),(q_nat,q_y),(q_adv,_) = by_hand(model, train),by_hand(model, train, attack),by_hand(model, test),by_hand(model, test, attack)
+    (nat,y),(adv,_) = by_hand(model, train),by_hand(model, train, attack)
+    (q_nat,q_y),(q_adv,_) = by_hand(model, test),by_hand(model, test, attack)
     support,labels = torch.cat([nat, adv]),torch.cat([y, y])
-    if explicit: assert ev.topology == {'natural': topology_score(support, labels, q_nat, q_y, (5, 20, 50)), 'robust': topology_score(support, labels, q_adv, q_y, (5, 20, 50))}
+    def score(queries): return topology_score(support, labels, queries, q_y, (5, 20, 50))
+    if explicit: assert ev.topology == dict(natural=score(q_nat), robust=score(q_adv))
     else: assert ev.topology == run(model, test, 'topology,fgsm', support=train, ks=(5, 20, 50)).topology # although they shuffle it
-    assert (ev['topology_natural'], ev['topology_robust']) == (ev.topology['natural'][50], ev.topology['robust'][50]) and ev.topology['natural'][5] > .4
-    assert run(model, test, 'topology,fgsm', support=train)['topology_natural'] == run(model, test, 'topology,fgsm', support=train, ks=(30,)).topology['natural'][30] # the paper's k
+    assert (ev['topology_natural'], ev['topology_robust']) == (ev.topology['natural'][50], ev.topology['robust'][50])
+    assert ev.topology['natural'][5] > .4
+    of_30 = run(model, test, 'topology,fgsm', support=train, ks=(30,)).topology['natural'][30] # the paper's k
+    assert run(model, test, 'topology,fgsm', support=train)['topology_natural'] == of_30
 
 def test_topology_with_pgd_is_that_of_the_same_images(tmp_path):
     model,train = trained(),batches(40, part='train')
@@ -521,7 +590,8 @@ def test_topology_with_pgd_is_that_of_the_same_images(tmp_path):
     (nat,y),(q_nat,q_y) = by_hand(model, train),by_hand(model, batches())
     q_adv,_ = by_hand(model, list(saved_images(tmp_path, 'pgd20')))
     support,labels = torch.cat([nat, pgd['features']]),torch.cat([y, pgd['y']])
-    assert ev.topology == {'natural': topology_score(support, labels, q_nat, q_y, (10,)), 'robust': topology_score(support, labels, q_adv, q_y, (10,))} and ev.settings['l_tp_attack'] == 'pgd20'
+    def score(queries): return topology_score(support, labels, queries, q_y, (10,))
+    assert ev.topology == dict(natural=score(q_nat), robust=score(q_adv)) and ev.settings['l_tp_attack'] == 'pgd20'
 
 def test_topology_alone_brings_its_attacks():
     ev = run(dl=digit_dls(40), attacks='topology', ks=(5,))
@@ -532,12 +602,15 @@ def test_n_support():
     ev = run(model, attacks='topology,fgsm', support=train, n_support=40, ks=(10,))
     subset = list(Batches(train, 40))
     assert torch.cat([y for _,y in subset]).bincount(minlength=10).tolist() == [4]*10
-    assert ev.topology == run(model, attacks='topology,fgsm', support=subset, ks=(10,)).topology != run(model, attacks='topology,fgsm', support=train, ks=(10,)).topology
-    with pytest.raises(ValueError, match='n=201, but there are only 200'): run(model, attacks='topology,fgsm', support=train, n_support=201)
+    def of(support): return run(model, attacks='topology,fgsm', support=support, ks=(10,)).topology
+    assert ev.topology == of(subset) != of(train)
+    with pytest.raises(ValueError, match='n=201, but there are only 200'):
+        run(model, attacks='topology,fgsm', support=train, n_support=201)
 
 def test_topology_needs_training_images():
     attack = Counted(.06, .02, 3)
-    with pytest.raises(ValueError, match='need training images: give DataLoaders, or support'): run(attacks=dict(topology=None, mine=attack))
+    with pytest.raises(ValueError, match='need training images: give DataLoaders, or support'):
+        run(attacks=dict(topology=None, mine=attack))
     assert attack.calls == 0
     with pytest.raises(ValueError, match='need training images'): run(dl=digit_dls().valid, attacks='topology')
 
@@ -549,7 +622,8 @@ def test_too_small_a_support():
 
 def test_support_of_dataloaders_is_their_training_set():
     dls = digit_dls(40)
-    assert run(dl=dls, attacks='topology,fgsm', support=dls, ks=(1,)).topology == run(dl=dls, attacks='topology,fgsm', ks=(1,)).topology
+    def of(**kwargs): return run(dl=dls, attacks='topology,fgsm', ks=(1,), **kwargs).topology
+    assert of(support=dls) == of()
 
 @pytest.mark.parametrize('bs', [None, 6, 128])
 @pytest.mark.parametrize('loader', [False, True])
@@ -562,9 +636,103 @@ def test_l_tp_is_that_by_hand(bs, loader):
 
 def test_which_attack_l_tp_is_on():
     on = lambda attacks, **kwargs: run(attacks=attacks, standard=net(), **kwargs).settings['l_tp_attack']
-    assert on('natural,pgd20,fgsm') == 'pgd20' and on('natural,pgd2,fgsm') == 'fgsm' and on('natural,pgd20-las,fgsm') == 'pgd20-las' and on('natural,pgd2,fgsm', l_tp_attack='pgd2') == 'pgd2'
+    assert on('natural,pgd20,fgsm') == 'pgd20' and on('natural,pgd2,fgsm') == 'fgsm' and on('natural,pgd20-las,fgsm') == 'pgd20-las'
+    assert on('natural,pgd2,fgsm', l_tp_attack='pgd2') == 'pgd2' and on('natural,pgd,fgsm') == 'pgd' # which has 20 steps
+    assert on('natural,pgd200,pgd2') == 'pgd2' and on(dict(pgd20=PGD(.06, .02, 1), pgd2=PGD(.06, .02, 2))) == 'pgd20'
     with pytest.raises(ValueError, match="'pgd2'"): on('natural,pgd2', l_tp_attack='pgd3')
 
 def test_standard_and_model_may_differ_in_width():
     a,b = (run(standard=net(3, width=w), attacks='natural,fgsm')['l_tp'] for w in (4, 12))
     assert a != b and min(a, b) > 0
+
+# --- the record
+
+def test_any_name_keeps_its_figure():
+    "Also those of other columns of a record"
+    names = ('n', 'seconds', 'rows', 'settings', 'version', 'natural')
+    ev = run(attacks={name: PGD(.06, .02, i) for i,name in enumerate(names)})
+    record = read_record(ev.record())
+    assert list(record['figures']) == [*names, 'worst case'] and record['n'] == 24 and ev['n'] == ev.figures['n'] == record['figures']['n']
+    assert list(results_table([dict(method='at', last=record)]).columns) == [*names, 'worst case', 's/epoch', 'epoch']
+
+def test_names_of_other_figures_are_refused():
+    for name in ('worst case', 'worst case@4/255', 'l_tp', 'topology', 'topology_robust'):
+        with pytest.raises(ValueError, match='name of another figure'): run(attacks={name: PGD(.06, .02, 1)})
+
+def test_nothing_changes_a_finished_evaluation():
+    ev = run()
+    for name in ('figures', 'rows', 'notes', 'topology'):
+        with pytest.raises(dataclasses.FrozenInstanceError): setattr(ev, name, None)
+    with pytest.raises(dataclasses.FrozenInstanceError): ev.rows[0].accuracy = 1.
+    before,record = ev.record(),ev.record()
+    record['figures']['pgd2'] = record['rows'][0]['accuracy'] = 2.
+    record['settings']['seed'] = 7
+    record['notes'].append('else')
+    assert ev.record() == before and ev['pgd2'] <= 1
+
+def test_rows_know_what_they_are(weak):
+    ev = run(attacks='natural,aa,fgsm,pgd2@0.1', eps=.03)
+    assert [(r.kind, r.base, r.size, r.norm) for r in ev.rows] == [
+        ('natural', 'natural', '', None), ('attack', 'aa', '', 'linf'),
+        *(('stage', f'aa after {s}', '', 'linf') for s in ('apgd-ce', 'apgd-t', 'fab-t', 'square')),
+        ('attack', 'fgsm', '', 'linf'), ('attack', 'pgd2', '0.1', 'linf'), ('worst case', 'worst case', '', None)]
+
+def old_record(ev):
+    "As fastrain 0.1 wrote it: figures among everything else, rows that know no more than their name"
+    always = ('accuracy', 'low', 'high', 'hits', 'n', 'settings', 'seconds')
+    table = []
+    for r in map(dataclasses.asdict, ev.rows):
+        if_known = [k for k in ('eps', 'alpha', 'steps') if r[k] is not None]
+        table.append(dict(attack=r['name']) | {k: r[k] for k in (*always, *if_known)})
+    return dict(ev.figures, n=ev.n, seconds=ev.seconds, table=table, topology=ev.topology, notes=ev.notes, settings=ev.settings)
+
+@pytest.mark.parametrize('attacks, eps', [('natural,aa,fgsm,pgd2+cw2,pgd20-las', .03), ('natural,fgsm,pgd2', '4/255,8/255')])
+def test_old_records(weak, attacks, eps):
+    ev = run(attacks=attacks, eps=eps, standard=net())
+    new = read_record(json.loads(json.dumps(old_record(ev) | dict(epoch=3))))
+    assert new == ev.record() | dict(epoch=3) and read_record(new) is new
+    assert evaluation_text(new) == ev.text()
+
+def test_old_records_without_a_table():
+    new = read_record(dict(natural=.9, pgd20=.5, l_tp=.1, topology_robust=.7, n=100, seconds=3., epoch=2))
+    assert new['figures'] == dict(natural=.9, pgd20=.5, topology_robust=.7, l_tp=.1) and new['epoch'] == 2
+    assert [(r['title'], r['kind'], r['hits'], r['low']) for r in new['rows']] == [
+        ('natural', 'natural', 90, wilson(90, 100)[0]), ('PGD-20', 'attack', 50, wilson(50, 100)[0])]
+    with pytest.raises(ValueError, match='newer fastrain'): read_record(dict(version=3))
+
+# --- measures by name
+
+@pytest.fixture
+def own_measure():
+    class MedianMargin(Measure):
+        key,title,format = 'median_margin','median margin','.1f'
+        def measure(self, evidence): return evidence.columns[evidence.on]['margin'].median().item()
+    yield MedianMargin
+    del Measure.registry['median_margin']
+
+def test_own_measure_works_by_name(own_measure, tmp_path):
+    ev = run(attacks='natural,median_margin,pgd2', standard=net(), out=tmp_path)
+    margin = ev.columns['pgd2']['margin'].median().item()
+    assert ev['median_margin'] == margin and list(ev.attacks) == ['natural', 'pgd2'] and list(ev.figures)[-2:] == ['l_tp', 'median_margin']
+    assert f'L_TP {ev["l_tp"]:.3f}, median margin {margin:.1f}.' in (tmp_path/'evaluation.md').read_text()
+    table = results_table([dict(method='a', last=run().record()), dict(method='b', last=read_evaluation(tmp_path))])
+    assert list(table.columns) == ['natural', 'PGD-2', 'L_TP', 'median margin', 's/epoch', 'epoch']
+    assert table['median margin'].tolist() == ['', f'{margin:.1f}']
+    assert 'median_margin' not in run().figures
+
+def test_what_is_asked_for():
+    attacks,measures = parse_figures('pgd2,topology', eps='4/255,8/255')
+    assert list(attacks) == ['natural', 'pgd2@4/255', 'pgd2@8/255'] and [m.key for m in measures] == ['topology_natural', 'topology_robust']
+    attacks,measures = parse_figures('topology_robust', eps='4/255,8/255')
+    assert list(attacks) == ['natural', 'pgd20'] and attacks['pgd20'].eps == 8/255 and [m.key for m in measures] == ['topology_robust']
+    with pytest.raises(ValueError, match='need the standard model'): run(attacks='natural,l_tp')
+    assert run(attacks='natural,l_tp', standard=net())['l_tp'] == run(attacks='natural', standard=net())['l_tp']
+
+@pytest.mark.slow # a process of its own
+def test_imports():
+    "The evaluation does without training, runs and most pieces"
+    code = 'import sys, fastrain.evaluation.evaluate; print(*(m for m in sys.modules if m.startswith("fastrain.")))'
+    names = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    wings = {f'fastrain.{w}' for w in ('attacks', 'data', 'evaluation', 'models', 'pieces')}
+    assert len({*names} - wings) <= 13
+    assert not any(n.startswith(('fastrain.training', 'fastrain.runs', 'fastrain.pieces')) for n in names)

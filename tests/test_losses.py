@@ -65,7 +65,8 @@ def ref_gairat(v, lam=-1., shape='tanh'):
     y,_,q = batch(v)
     k,n = v.notes['kappa'].tolist(),v.notes['steps'].tolist()
     arg = [lam + 5*(1 - 2*a/b) for a,b in zip(k, n)]
-    omega = dict(tanh=[(1 + math.tanh(a))/2 for a in arg], sigmoid=[1/(1 + math.exp(-a)) for a in arg], linear=[(b + 1 - a)/(b + 1) for a,b in zip(k, n)])[shape]
+    omega = dict(tanh=[(1 + math.tanh(a))/2 for a in arg], sigmoid=[1/(1 + math.exp(-a)) for a in arg],
+                 linear=[(b + 1 - a)/(b + 1) for a,b in zip(k, n)])[shape]
     return dict(ce=mean([len(y)*w/sum(omega)*ce(b, c) for w,b,c in zip(omega, q, y)]))
 
 def ref_supcon(rows, y, t, past=()):
@@ -84,11 +85,16 @@ def counts(n=7, steps=10): return dict(kappa=torch.arange(n)*3 % (steps + 1), st
 betas = dict(beta=torch.tensor([5., 9., 0., 6.5, 7., 5., 8.], dtype=torch.float64))
 
 # loss, reference, notes, and the leaves with a gradient: natural logits and features, adversarial logits and features
-cases = dict(at=(AT(), ref_at, {}, '..l.'), smooth=(AT(confidence=.7), ref_smooth, {}, '..l.'), trades=(TRADES(), ref_trades, {}, 'l.l.'), trades_1=(TRADES(1.), lambda v: ref_trades(v, 1.), {}, 'l.l.'),
-             trades_each=(TRADES(), ref_trades, betas, 'l.l.'), standard=(Natural(), ref_standard, {}, 'l...'), alp=(ALP(), ref_alp, {}, 'l.l.'), alp_half=(ALP(.5), lambda v: ref_alp(v, .5), {}, 'l.l.'),
-             mart=(MART(), ref_mart, {}, 'l.l.'), mart_5=(MART(5.), lambda v: ref_mart(v, 5.), {}, 'l.l.'), gairat_before=(GAIRAT(), ref_at, {}, '..l.'), gairat=(GAIRAT(), ref_gairat, counts(), '..l.'),
-             gairat_0=(GAIRAT(lam=0), lambda v: ref_gairat(v, 0.), counts(steps=7), '..l.'), gairat_sigmoid=(GAIRAT(shape='sigmoid'), lambda v: ref_gairat(v, -1., 'sigmoid'), counts(), '..l.'),
-             gairat_linear=(GAIRAT(shape='linear'), lambda v: ref_gairat(v, -1., 'linear'), counts(), '..l.'), mca=(MCA(), ref_mca, {}, '.flf'),
+cases = dict(at=(AT(), ref_at, {}, '..l.'), smooth=(AT(confidence=.7), ref_smooth, {}, '..l.'),
+             trades=(TRADES(), ref_trades, {}, 'l.l.'), trades_1=(TRADES(1.), lambda v: ref_trades(v, 1.), {}, 'l.l.'),
+             trades_each=(TRADES(), ref_trades, betas, 'l.l.'), standard=(Natural(), ref_standard, {}, 'l...'),
+             alp=(ALP(), ref_alp, {}, 'l.l.'), alp_half=(ALP(.5), lambda v: ref_alp(v, .5), {}, 'l.l.'),
+             mart=(MART(), ref_mart, {}, 'l.l.'), mart_5=(MART(5.), lambda v: ref_mart(v, 5.), {}, 'l.l.'),
+             gairat_before=(GAIRAT(), ref_at, {}, '..l.'), gairat=(GAIRAT(), ref_gairat, counts(), '..l.'),
+             gairat_0=(GAIRAT(lam=0), lambda v: ref_gairat(v, 0.), counts(steps=7), '..l.'),
+             gairat_sigmoid=(GAIRAT(shape='sigmoid'), lambda v: ref_gairat(v, -1., 'sigmoid'), counts(), '..l.'),
+             gairat_linear=(GAIRAT(shape='linear'), lambda v: ref_gairat(v, -1., 'linear'), counts(), '..l.'),
+             mca=(MCA(), ref_mca, {}, '.flf'),
              mca_warm=(MCA(.3, .7), lambda v: ref_mca(v, .3, .7), {}, '.flf'), mca_0=(MCA(0.), lambda v: ref_mca(v, 0.), {}, '..l.'))
 
 def grads(total, leaves):
@@ -104,13 +110,15 @@ def test_equals_the_formula(name, n, c):
     assert got.keys() == want.keys()
     for k in want:
         assert got[k].item() == pytest.approx(want[k].item(), rel=1e-10, abs=1e-12), k
-        for a,b in zip(grads(got[k], leaves), grads(want[k] + 0*sum(t.sum() for t in leaves), leaves)): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+        for a,b in zip(grads(got[k], leaves), grads(want[k] + 0*sum(t.sum() for t in leaves), leaves)):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
     if n > 1: assert [g.abs().sum().item() > 0 for g in grads(sum(got.values()), leaves)] == [r != '.' for r in reached]
 
 def test_references_differ():
     "Or a loss could be mistaken for another"
     v,_ = views(notes=counts())
-    values = [sum(cases[k][1](v).values()).item() for k in cases if k not in ('gairat_before', 'mca_0', 'trades_each')] # each of these three is one of the others
+    # each of these three is one of the others
+    values = [sum(cases[k][1](v).values()).item() for k in cases if k not in ('gairat_before', 'mca_0', 'trades_each')]
     assert min(abs(a - b) for i,a in enumerate(values) for b in values[:i]) > 1e-3
 
 @pytest.mark.parametrize('name', ['smooth', 'trades_each', 'mart', 'mca', 'gairat'])
@@ -155,18 +163,25 @@ def test_empty_notes_and_order_of_images():
         w = v.seen(y=v.y[order], nat=pick(v.nat), adv=pick(v.adv), notes={k: t[order] for k,t in notes.items()})
         for a,b in zip(loss(v).values(), loss(w).values()): assert a.item() == pytest.approx(b.item(), rel=1e-10), name
 
-@pytest.mark.parametrize('key, needs, objective, start, replaceable', [('at', 'adv', 'ce', 'uniform', ()), ('trades', 'nat adv', 'kl', 'gaussian', ('ce',)), ('alp', 'nat adv', 'ce', 'gaussian', ('ce',)),
-    ('mart', 'nat adv', 'ce', 'gaussian', ()), ('gairat', 'adv', 'ce', 'uniform', ()), ('mca', 'nat adv features', 'ce', 'uniform', ()), ('standard', 'nat', 'ce', 'uniform', ())])
+@pytest.mark.parametrize('key, needs, objective, start, replaceable',
+                         [('at', 'adv', 'ce', 'uniform', ()), ('trades', 'nat adv', 'kl', 'gaussian', ('ce',)),
+                          ('alp', 'nat adv', 'ce', 'gaussian', ('ce',)),
+    ('mart', 'nat adv', 'ce', 'gaussian', ()), ('gairat', 'adv', 'ce', 'uniform', ()),
+    ('mca', 'nat adv features', 'ce', 'uniform', ()), ('standard', 'nat', 'ce', 'uniform', ())])
 def test_as_published(key, needs, objective, start, replaceable):
     loss = RobustLoss.named(key)
     assert (loss.needs, loss.objective, loss.start, loss.replaceable) == (tuple(needs.split()), objective, start, replaceable)
     assert loss.paper and bool(loss.approximate) == (key == 'mca')
     assert set(replaceable) <= set(loss(views()[0]))
 
-@pytest.mark.parametrize('make, match', [(lambda: AT(0), 'confidence=0'), (lambda: AT(1.1), 'confidence=1.1'), (lambda: AT(math.nan), 'confidence=nan'), (lambda: TRADES(-1), 'beta=-1'),
-    (lambda: TRADES(math.nan), 'beta=nan'), (lambda: TRADES(math.inf), 'beta=inf'), (lambda: ALP(-.5), 'weight=-0.5'), (lambda: MART(-1), 'beta=-1'), (lambda: GAIRAT(begin=-1), 'begin=-1'),
-    (lambda: GAIRAT(lam=-math.inf), 'lam=-inf'), (lambda: GAIRAT(lam=math.nan), 'lam=nan'), (lambda: GAIRAT(shape='cosine'), 'cosine'), (lambda: MCA(-1), 'weight=-1'),
-    (lambda: MCA(temperature=0), 'temperature=0'), (lambda: MCA(temperature=math.nan), 'temperature=nan'), (lambda: MCA(queue=-1), 'queue=-1'), (lambda: MCA(queue=1.5), 'queue=1.5')])
+@pytest.mark.parametrize('make, match', [(lambda: AT(0), 'confidence=0'), (lambda: AT(1.1), 'confidence=1.1'),
+                                         (lambda: AT(math.nan), 'confidence=nan'), (lambda: TRADES(-1), 'beta=-1'),
+    (lambda: TRADES(math.nan), 'beta=nan'), (lambda: TRADES(math.inf), 'beta=inf'), (lambda: ALP(-.5), 'weight=-0.5'),
+    (lambda: MART(-1), 'beta=-1'), (lambda: GAIRAT(begin=-1), 'begin=-1'),
+    (lambda: GAIRAT(lam=-math.inf), 'lam=-inf'), (lambda: GAIRAT(lam=math.nan), 'lam=nan'),
+    (lambda: GAIRAT(shape='cosine'), 'cosine'), (lambda: MCA(-1), 'weight=-1'),
+    (lambda: MCA(temperature=0), 'temperature=0'), (lambda: MCA(temperature=math.nan), 'temperature=nan'),
+    (lambda: MCA(queue=-1), 'queue=-1'), (lambda: MCA(queue=1.5), 'queue=1.5')])
 def test_bad_parameters(make, match):
     with pytest.raises(ValueError, match=match): make()
 
@@ -187,7 +202,8 @@ def test_soft_targets(confidence):
 
 def test_beta_of_each_image():
     v,_ = views()
-    each = [TRADES(b)(Views(None, v.y[[i]], nat=Output(v.nat.logits[[i]], None), adv=Output(v.adv.logits[[i]], None)))['kl'].item() for i,b in enumerate(betas['beta'].tolist())]
+    each = [TRADES(b)(Views(None, v.y[[i]], nat=Output(v.nat.logits[[i]], None), adv=Output(v.adv.logits[[i]], None)))['kl'].item()
+            for i,b in enumerate(betas['beta'].tolist())]
     assert TRADES()(v.seen(notes=betas))['kl'].item() == pytest.approx(mean(each))
     assert TRADES(7.)(v)['kl'].item() == pytest.approx(TRADES()(v.seen(notes=dict(beta=torch.full((7,), 7.))))['kl'].item())
 
@@ -237,12 +253,14 @@ def test_kappa():
     plan = GAIRAT().plan(model, v, attack)
     x_adv = attack(model, x, y, plan=plan)
     kappa,want = kappa_by_hand(model, x, y, attack, x)
-    assert torch.equal(plan.notes['kappa'], kappa) and len(kappa.unique()) > 3 and kappa.max() == 6 # of 7 possible values several, or nothing is tested
+    # of 7 possible values several, or nothing is tested
+    assert torch.equal(plan.notes['kappa'], kappa) and len(kappa.unique()) > 3 and kappa.max() == 6
     assert plan.notes['steps'].tolist() == [6]*32
     torch.testing.assert_close(x_adv, want, rtol=0, atol=1e-12)
     assert torch.equal(x_adv, attack(model, x, y)) # nobody stops early
 
-@pytest.mark.parametrize('epochs, of, begin, first', [(120, 120, 59, 59), (4, 120, 59, 2), (12, 120, 60, 6), (4, None, 2, 2), (4, None, 0, 0), (1, 120, 59, None), (4, None, 4, None)])
+@pytest.mark.parametrize('epochs, of, begin, first', [(120, 120, 59, 59), (4, 120, 59, 2), (12, 120, 60, 6), (4, None, 2, 2),
+                                                      (4, None, 0, 0), (1, 120, 59, None), (4, None, 4, None)])
 def test_begin(epochs, of, begin, first):
     loss,(x,y) = GAIRAT(begin, of),digits('train', 4)
     plans = [loss.plan(None, Views(x, y, epoch=e, epochs=epochs), PGD()) for e in range(epochs)]
@@ -277,7 +295,8 @@ def fit(cb, n_epoch=2, n=32, **kwargs):
     return quietly(learn, n_epoch, 3e-3)
 
 def test_gairat_trains_as_at_until_it_begins():
-    models = [snapshot(fit(TRAINCallback(None, robust=r, attack=quick())).model) for r in (AT(), GAIRAT(begin=2, of=None), GAIRAT(begin=1, of=None))]
+    models = [snapshot(fit(TRAINCallback(None, robust=r, attack=quick())).model)
+              for r in (AT(), GAIRAT(begin=2, of=None), GAIRAT(begin=1, of=None))]
     assert same(models[0], models[1]) and not same(models[0], models[2])
 
 @pytest.mark.parametrize('make', [ALP, MART, lambda: GAIRAT(begin=1, of=None), lambda: MCA(queue=24)])
@@ -291,7 +310,10 @@ def test_trains(make):
 @pytest.mark.parametrize('n_past', [1, 9])
 def test_supcon_with_past(n_past):
     seed_all(3)
-    f,y,past,labels = torch.randn(6, 4, dtype=torch.float64, requires_grad=True),[0, 0, 1, 2, 1, 2],unit_vectors(torch.randn(n_past, 4, dtype=torch.float64)),[i % 4 for i in range(n_past)]
+    f = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    y = [0, 0, 1, 2, 1, 2]
+    past = unit_vectors(torch.randn(n_past, 4, dtype=torch.float64))
+    labels = [i % 4 for i in range(n_past)]
     got = supcon_loss(unit_vectors(f), torch.tensor(y), .3, (past, torch.tensor(labels)))
     want = ref_supcon(list(f), y, .3, list(zip(past, labels)))
     assert got.item() == pytest.approx(want.item(), rel=1e-10)
@@ -354,5 +376,6 @@ def test_state_of_the_queue(after, tmp_path):
 def test_only_gairat_plans():
     x,y = digits('train', 4)
     v = Views(x, y, epoch=119, epochs=120)
-    planned = {k for k,loss in RobustLoss.registry.items() if loss.__module__ == 'fastrain.pieces.losses' and loss().plan(None, v, PGD()) is not None}
+    planned = {k for k,loss in RobustLoss.registry.items() if loss.__module__ == 'fastrain.pieces.losses'
+               and loss().plan(None, v, PGD()) is not None}
     assert planned == {'gairat'} and isinstance(GAIRAT().plan(None, v, PGD()), Plan)

@@ -3,16 +3,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.manifold import TSNE
 
 from conftest import digits, net, quick, same, snapshot
-from fastrain.runs import plots
-from fastrain.runs.plots import plot_curves, plot_eps, plot_images, plot_relation, plot_strength, plot_topology, plot_tradeoff, plot_tsne, save_figure
+from fastrain.runs.plots import (plot_curves, plot_eps, plot_images, plot_relation, plot_strength, plot_topology, plot_tradeoff,
+                                 plot_tsne, save_figure)
 
-def run(method, natural, robust, **columns): return pd.DataFrame(dict(method=method, epoch=range(len(natural)), accuracy=natural, pgd10_accuracy=robust, robust_loss=2., **columns))
+def run(method, natural, robust, **columns):
+    return pd.DataFrame(dict(method=method, epoch=range(len(natural)), accuracy=natural, pgd10_accuracy=robust, robust_loss=2., **columns))
 
 def history():
-    return pd.concat([run('standard', [.5, .9, .8], [.1, .0, .0]), run('at', [.4, .5, .6], [.2, .4, .3]), run('at+train', [.4, .6, .7], [.3, .4, .45], l_tp=[.5, .4, .3], **{'lambda': [0., 2., 5.]}),
-                      run('trades+lbgat+train', [.4, .5, .6], [.3, .4, .5], l_tp=[.6, .5, .4], lbgat=[.3, .2, .1], **{'lambda': [0., 2., 5.]})])
+    lam = {'lambda': [0., 2., 5.]}
+    return pd.concat([
+        run('standard', [.5, .9, .8], [.1, .0, .0]), run('at', [.4, .5, .6], [.2, .4, .3]),
+        run('at+train', [.4, .6, .7], [.3, .4, .45], l_tp=[.5, .4, .3], **lam),
+        run('trades+lbgat+train', [.4, .5, .6], [.3, .4, .5], l_tp=[.6, .5, .4], lbgat=[.3, .2, .1], **lam)])
 
 def legend(fig): return [t.get_text() for t in fig.legends[0].get_texts()]
 def line(ax, **props): return [o for o in ax.lines if all(getattr(o, f'get_{k}')() == v for k,v in props.items())]
@@ -26,7 +31,8 @@ def inside(fig):
     for ax in fig.axes:
         box = ax.get_tightbbox()
         assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 + 1 and box.y0 >= below.y1 and box.y1 <= fig.bbox.y1 + 1
-        assert all(t.get_fontsize() >= 8 for t in (*ax.get_xticklabels(), *ax.get_yticklabels(), ax.xaxis.label, ax.yaxis.label, ax.title, *fig.legends[0].get_texts()))
+        texts = [*ax.get_xticklabels(), *ax.get_yticklabels(), ax.xaxis.label, ax.yaxis.label, ax.title, *fig.legends[0].get_texts()]
+        assert all(t.get_fontsize() >= 8 for t in texts)
 
 # -- training ----------------------------------------------------------------------------------------------------------------
 
@@ -34,11 +40,13 @@ def test_curves():
     fig = plot_curves(history())
     left,right = fig.axes
     solid = [o for o in line(left, linestyle='-')]
-    assert [xy(o) for o in solid] == [[(1, 50), (2, 90), (3, 80)], [(1, 40), (2, 50), (3, 60)], [(1, 40), (2, 60), (3, 70)], [(1, 40), (2, 50), (3, 60)]]
+    assert [xy(o) for o in solid] == [
+        [(1, 50), (2, 90), (3, 80)], [(1, 40), (2, 50), (3, 60)], [(1, 40), (2, 60), (3, 70)], [(1, 40), (2, 50), (3, 60)]]
     assert xy(line(left, linestyle='--')[1]) == [(1, 20), (2, 40), (3, 30)] and len(right.lines) == 4
     assert len({(o.get_color(), o.get_marker()) for o in solid}) == len({o.get_marker() for o in solid}) == 4
     stars,dots = line(left, marker='*'),line(left, marker='o')
-    assert [xy(o)[0] for o in stars] == [(2, 90), (2, 0), (2, 50), (2, 40), (3, 70), (3, 45), (3, 60), (3, 50)] # standard: natural; at: robust
+    # standard: natural; at: robust
+    assert [xy(o)[0] for o in stars] == [(2, 90), (2, 0), (2, 50), (2, 40), (3, 70), (3, 45), (3, 60), (3, 50)]
     assert [xy(o)[0] for o in dots] == [(3, 80), (3, 0), (3, 60), (3, 30), (3, 70), (3, 45), (3, 60), (3, 50)]
     assert legend(fig) == ['standard', 'at', 'at+train', 'trades+lbgat+train', 'natural', 'pgd10', 'best epoch', 'last epoch']
     inside(fig)
@@ -68,8 +76,10 @@ def test_relation():
     fig = plot_relation(history())
     ax,lbgat,lam = fig.axes
     assert [xy(o) for o in ax.lines] == [[(1, .5), (2, .4), (3, .3)], [(1, .6), (2, .5), (3, .4)]]
-    assert [xy(o) for o in lbgat.lines] == [[(1, .3), (2, .2), (3, .1)]] and lbgat.get_ylabel().startswith('lbgat') and lbgat.lines[0].get_color() == ax.lines[1].get_color()
-    assert [xy(o) for o in lam.lines] == [[(1, 0), (2, 2), (3, 5)]] and legend(fig) == ['at+train', 'trades+lbgat+train', 'λ'] # a course that both share
+    assert [xy(o) for o in lbgat.lines] == [[(1, .3), (2, .2), (3, .1)]] and lbgat.get_ylabel().startswith('lbgat')
+    assert lbgat.lines[0].get_color() == ax.lines[1].get_color()
+    assert [xy(o) for o in lam.lines] == [[(1, 0), (2, 2), (3, 5)]] # a course that both share
+    assert legend(fig) == ['at+train', 'trades+lbgat+train', 'λ']
     inside(fig)
 
 def test_relation_with_two_courses():
@@ -86,7 +96,8 @@ def test_no_relation(methods, match):
         with pytest.raises(ValueError, match=match): plot_relation(rows)
 
 def test_history_without_methods():
-    with pytest.raises(ValueError, match="history: there is no 'method' and no 'robust_loss' among epoch, accuracy"): plot_curves(history().drop(columns=['method', 'robust_loss']))
+    with pytest.raises(ValueError, match="history: there is no 'method' and no 'robust_loss' among epoch, accuracy"):
+        plot_curves(history().drop(columns=['method', 'robust_loss']))
 
 # -- accuracies --------------------------------------------------------------------------------------------------------------
 
@@ -96,13 +107,16 @@ def test_eps():
     rows = points([8/255, 0, 4/255])
     fig = plot_eps(dict(at=rows, mine=pd.DataFrame(rows)))
     ax, = fig.axes
-    assert [xy(o) for o in ax.lines] == [[(0, 80), (round(4/255, 6), round(80 - 2000/255, 6)), (round(8/255, 6), round(80 - 4000/255, 6))]]*2
+    curve = [(0, 80), (round(4/255, 6), round(80 - 2000/255, 6)), (round(8/255, 6), round(80 - 4000/255, 6))]
+    assert [xy(o) for o in ax.lines] == [curve]*2
     band = ax.collections[0].get_paths()[0].vertices
     assert band[band[:,0] == 0][:,1].min() == pytest.approx(78) and band[band[:,0] == 0][:,1].max() == pytest.approx(82)
-    assert [t.get_text() for t in ax.get_xticklabels()] == ['0', '2/255', '4/255', '6/255', '8/255'] and list(ax.get_xticks()) == pytest.approx([k/255 for k in (0, 2, 4, 6, 8)])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ['0', '2/255', '4/255', '6/255', '8/255']
+    assert list(ax.get_xticks()) == pytest.approx([k/255 for k in (0, 2, 4, 6, 8)])
     inside(fig)
 
-@pytest.mark.parametrize('levels, ticks', [((0, 7), ['0', '2/255', '4/255', '6/255']), ((0, 1, 2, 32), ['0', '8/255', '16/255', '24/255', '32/255']), ((0,), ['0'])])
+@pytest.mark.parametrize('levels, ticks', [
+    ((0, 7), ['0', '2/255', '4/255', '6/255']), ((0, 1, 2, 32), ['0', '8/255', '16/255', '24/255', '32/255']), ((0,), ['0'])])
 def test_eps_ticks(levels, ticks):
     assert [t.get_text() for t in plot_eps(dict(at=points([k/255 for k in levels]))).axes[0].get_xticklabels()] == ticks
 
@@ -111,7 +125,8 @@ def test_eps_of_other_units():
     assert not any('255' in t.get_text() for t in ax.get_xticklabels()) and not ax.collections
 
 def test_tradeoff_over_seeds():
-    df = pd.DataFrame([('at', .7, .4), ('at', .8, .5), ('at+train', .8, .5), ('at+train', .9, .5), ('mart', .6, .4)], columns=['method', 'natural', 'robust'])
+    rows = [('at', .7, .4), ('at', .8, .5), ('at+train', .8, .5), ('at+train', .9, .5), ('mart', .6, .4)]
+    df = pd.DataFrame(rows, columns=['method', 'natural', 'robust'])
     fig = plot_tradeoff(df)
     ax, = fig.axes
     marks = {c.lines[0].get_marker(): xy(c.lines[0])[0] for c in ax.containers}
@@ -126,7 +141,8 @@ def test_tradeoff_over_seeds():
 def test_tradeoff_with_intervals():
     df = pd.DataFrame([dict(method='at', natural=.7, robust=.4, natural_low=.68, natural_high=.71)])
     ax, = plot_tradeoff(df).axes
-    assert ax.containers[0].lines[2][0].get_segments()[0][:,0] == pytest.approx([68, 71]) and len(ax.containers[0].lines[2]) == 1 and 'intervals' in ax.get_title()
+    bars = ax.containers[0].lines[2]
+    assert bars[0].get_segments()[0][:,0] == pytest.approx([68, 71]) and len(bars) == 1 and 'intervals' in ax.get_title()
     assert plot_tradeoff(df[['method', 'natural', 'robust']]).axes[0].get_title() == ''
 
 # -- topology ----------------------------------------------------------------------------------------------------------------
@@ -157,11 +173,11 @@ def features(n=60, n_classes=4, d=8, shift=.1, **kwargs):
 
 def test_tsne(monkeypatch):
     fitted = []
-    class Spy(plots.TSNE):
+    class Spy(TSNE):
         def fit_transform(self, x):
             fitted.append(x)
             return super().fit_transform(x)
-    monkeypatch.setattr(plots, 'TSNE', Spy)
+    monkeypatch.setattr('sklearn.manifold.TSNE', Spy)
     first = features(n_classes=12, natural_accuracy=.604, robust_accuracy=.281)
     second = dict(first, natural=first['natural'] + 100, adversarial=first['adversarial'] + 100)
     state = torch.get_rng_state()
@@ -175,10 +191,13 @@ def test_tsne(monkeypatch):
     assert len(shown) == 3 and legend(fig) == [*(f'class {c}' for c in shown), 'natural', 'adversarial']
     for ax in fig.axes:
         nat,adv = ax.collections
-        assert len(nat.get_offsets()) == len(adv.get_offsets()) == 12 and (nat.get_paths()[0].vertices.shape != adv.get_paths()[0].vertices.shape)
+        assert len(nat.get_offsets()) == len(adv.get_offsets()) == 12
+        assert nat.get_paths()[0].vertices.shape != adv.get_paths()[0].vertices.shape
         color = {c: tuple(nat.get_facecolors()[i][:3]) for i,c in enumerate(first['y'][rows].tolist())}
-        assert [tuple(f[:3]) for f in nat.get_facecolors()] == [color[c] for c in first['y'][rows].tolist()] and len(set(color.values())) == 3
-    assert [fig.axes[0].get_title(loc) for loc in ('center', 'left', 'right')] == ['trades+lbgat+train\n', 'natural 60.4 %', 'PGD-20 28.1 %']
+        assert [tuple(f[:3]) for f in nat.get_facecolors()] == [color[c] for c in first['y'][rows].tolist()]
+        assert len(set(color.values())) == 3
+    titles = [fig.axes[0].get_title(loc) for loc in ('center', 'left', 'right')]
+    assert titles == ['trades+lbgat+train\n', 'natural 60.4 %', 'PGD-20 28.1 %']
     inside(fig)
 
 def test_tsne_of_few_images_and_many_models():
@@ -188,18 +207,22 @@ def test_tsne_of_few_images_and_many_models():
 def test_refused_features():
     good = features(8)
     broken = dict(good, adversarial=good['adversarial'].clone().index_fill_(0, torch.tensor([3]), float('inf')))
-    for f,error,match in ((broken, FloatingPointError, 'features of at: there are adversarial ones that are not finite'), (dict(good, y=good['y'][1:]), ValueError, '7 labels'),
-                          (dict(natural=good['natural'], y=good['y']), ValueError, "no 'adversarial'"), (features(1), ValueError, 'at least 2 images')):
+    for f,error,match in (
+        (broken, FloatingPointError, 'features of at: there are adversarial ones that are not finite'),
+        (dict(good, y=good['y'][1:]), ValueError, '7 labels'),
+        (dict(natural=good['natural'], y=good['y']), ValueError, "no 'adversarial'"), (features(1), ValueError, 'at least 2 images')):
         with pytest.raises(error, match=match): plot_tsne(dict(at=f))
     with pytest.raises(ValueError, match='n_classes=11'): plot_tsne(dict(at=good), n_classes=11)
 
-@pytest.mark.parametrize('plot, what', [(plot_eps, 'points'), (plot_topology, 'scores'), (plot_strength, 'scores'), (plot_tsne, 'features')])
+@pytest.mark.parametrize('plot, what', [
+    (plot_eps, 'points'), (plot_topology, 'scores'), (plot_strength, 'scores'), (plot_tsne, 'features')])
 def test_nothing(plot, what):
     with pytest.raises(ValueError, match=f'{what}: there is nothing to draw'): plot({})
 
 def test_missing_entries():
     with pytest.raises(ValueError, match="points of at: there is no 'accuracy' among eps"): plot_eps(dict(at=[dict(eps=0)]))
-    with pytest.raises(ValueError, match="points: there is no 'robust' among method, natural"): plot_tradeoff(pd.DataFrame([dict(method='at', natural=.5)]))
+    with pytest.raises(ValueError, match="points: there is no 'robust' among method, natural"):
+        plot_tradeoff(pd.DataFrame([dict(method='at', natural=.5)]))
     with pytest.raises(ValueError, match="scores of at: there is no 'robust' among natural"): plot_topology(dict(at=dict(natural={5: .5})))
 
 # -- images ------------------------------------------------------------------------------------------------------------------
@@ -213,7 +236,8 @@ def test_images():
     noise = dict(at=8/255, other=2/255)
     def attack(model, x, y): return (x + (noise['at'] if model is models['at'] else noise['other'])*torch.randn_like(x).sign()).clamp(0, 1)
     fig = plot_images(models, x, y, attack, vocab=[f'class {i}' for i in range(10)])
-    assert {m: [o.training for o in model.modules()] for m,model in models.items()} == modes and same({m: snapshot(model) for m,model in models.items()}, before) and torch.equal(torch.get_rng_state(), state)
+    assert {m: [o.training for o in model.modules()] for m,model in models.items()} == modes
+    assert same({m: snapshot(model) for m,model in models.items()}, before) and torch.equal(torch.get_rng_state(), state)
     rows = np.array(fig.axes).reshape(5, 3)
     assert [r[0].get_ylabel() for r in rows] == ['natural', 'perturbation\n×15.9', 'at', 'perturbation\n×15.9', 'trades+lbgat+train']
     assert [ax.get_title() for ax in rows[0]] == [f'class {int(i)}' for i in y]
@@ -225,8 +249,9 @@ def test_images():
         x_adv = torch.stack([torch.as_tensor(ax.images[0].get_array()).permute(2, 0, 1) for ax in r])
         with torch.no_grad(): p,pred = model.eval()(x_adv).softmax(1).max(1)
         assert [ax.get_title() for ax in r] == [f'class {int(i)}\n{100*q:.0f} %' for i,q in zip(pred, p)]
-        assert len({ax.title.get_color() for ax,i,t in zip(r, pred, y) if i == t}) <= 1
-        assert not {ax.title.get_color() for ax,i,t in zip(r, pred, y) if i == t} & {ax.title.get_color() for ax,i,t in zip(r, pred, y) if i != t}
+        right = {ax.title.get_color() for ax,i,t in zip(r, pred, y) if i == t}
+        wrong = {ax.title.get_color() for ax,i,t in zip(r, pred, y) if i != t}
+        assert len(right) <= 1 and not right & wrong
 
 def test_colours_of_predictions():
     x,y = digits('test', 2)

@@ -19,7 +19,7 @@ from fastrain.pieces.relations import Relation, Topology
 from fastrain.training.schedules import LambdaSchedule, torch_sgd
 from fastrain.training.standard import Frozen
 from fastrain.pieces.strategies import Strategy
-from fastrain.pieces.weights import AWP
+from fastrain.pieces.weights import AWP, EMA
 from test_resume import check
 
 def fit(cb, n_epoch=2, lr=.05, method='fit', cbs=(), main=None, **kwargs):
@@ -45,7 +45,9 @@ class Still(Strategy):
     "Leaves everything as the attack has it, and notes the labels"
     def __init__(self): self.after = []
     def plan(self, model, v, attack): return Plan(notes=dict(tag=2*v.y))
-    def attacked(self, cb, v): self.after.append((cb.learn.train_iter, torch.equal(v.notes['tag'], 2*v.y), v.x_adv.shape == v.x.shape))
+    def attacked(self, step):
+        v = step.views
+        self.after.append((v.pct, torch.equal(v.notes['tag'], 2*v.y), v.x_adv.shape == v.x.shape))
 
 # --- what is refused, with the reason
 
@@ -53,45 +55,90 @@ class NeedsStd(RobustLoss): needs = ('adv', 'std')
 
 refusals = dict(
     relation_without_attack=(lambda: TRAINCallback(net(), robust=Natural()), r'Topology.*adversarial images, but Natural\(\) makes none'),
-    strategy_without_attack=(lambda: TRAINCallback(None, robust=Natural(), strategy=Still()), r'Still.*adversarial images, but Natural\(\) makes none'),
+    strategy_without_attack=(lambda: TRAINCallback(None, robust=Natural(), strategy=Still()),
+                             r'Still.*adversarial images, but Natural\(\) makes none'),
     two_strategies=(lambda: TRAINCallback(None, robust=GAIRAT(), strategy=Still()), r'GAIRAT.*brings a strategy of its own, which Still'),
     relation_without_standard=(lambda: TRAINCallback(None, relation=Topology()), r'Topology.*needs a standard model'),
     robust_without_standard=(lambda: TRAINCallback(None, robust=NeedsStd()), r'NeedsStd.*needs a standard model'),
     same_term=(lambda: TRAINCallback(net(), relation=[Gap(), Topology(), Gap(1.)]), "two relation terms 'gap'"),
     joint_and_frozen=(lambda: TRAINCallback(Frozen(net()), relation=[Topology(), Joint()]), r'Joint.*would train the standard model'),
-    undetached_and_frozen=(lambda: TRAINCallback(Frozen(net()), relation=Topology(detach=False)), r'Topology.*would train the standard model'))
+    undetached_and_frozen=(lambda: TRAINCallback(Frozen(net()), relation=Topology(detach=False)),
+                           r'Topology.*would train the standard model'))
 
 @pytest.mark.parametrize('name', refusals)
 def test_refused(name):
     make,match = refusals[name]
     with pytest.raises(ValueError, match=match): make()
 
-@pytest.mark.parametrize('make', [lambda: TRAINCallback(net(), relation=[Gap(), Topology()]), lambda: TRAINCallback(net(), relation=[Gap(), Gap(term='other')]), lambda: TRAINCallback(Frozen(net())),
-    lambda: TRAINCallback(net(), relation=[Joint()]), lambda: TRAINCallback(net(), robust=NeedsStd()), lambda: TRAINCallback(None, robust=GAIRAT()), lambda: TRAINCallback(net(), robust=Natural(), relation=False),
+@pytest.mark.parametrize('make', [lambda: TRAINCallback(net(), relation=[Gap(), Topology()]),
+                                  lambda: TRAINCallback(net(), relation=[Gap(), Gap(term='other')]), lambda: TRAINCallback(Frozen(net())),
+    lambda: TRAINCallback(net(), relation=[Joint()]), lambda: TRAINCallback(net(), robust=NeedsStd()),
+    lambda: TRAINCallback(None, robust=GAIRAT()), lambda: TRAINCallback(net(), robust=Natural(), relation=False),
     lambda: TRAINCallback(None, robust=TRADES(), strategy=Still())])
 def test_not_refused(make): make()
 
-@pytest.mark.parametrize('relation, terms', [(None, ['l_tp']), (False, []), (Gap(), ['gap']), ([Gap(), Topology()], ['gap', 'l_tp']), ((), [])])
+@pytest.mark.parametrize('relation, terms', [(None, ['l_tp']), (False, []), (Gap(), ['gap']),
+                                             ([Gap(), Topology()], ['gap', 'l_tp']), ((), [])])
 def test_relations(relation, terms): assert [r.term for r in TRAINCallback(net(), relation=relation).relations] == terms
 
 def test_what_is_looked_at():
     "Views and features that no piece needs are not made"
-    class Bare(TRAINCallback):
-        def _objective(self, v):
-            seen.append({n for n in ('nat', 'adv', 'std') if getattr(v, n) is not None} | ({'features'} if any(o is not None and o.features is not None for o in (v.nat, v.adv)) else set()))
-            return super()._objective(v)
-    for cb,want in ((Bare(None, attack=quick()), {'adv'}), (Bare(None, robust=TRADES(), attack=quick()), {'nat', 'adv'}), (Bare(None, robust=Natural()), {'nat'}),
-                    (Bare(net(2), attack=quick(), relation=Gap()), {'adv', 'std'}), (Bare(net(2), attack=quick()), {'adv', 'std', 'features'})):
+    def look(learn):
+        if not learn.training: return
+        v = learn.train_cb.views
+        seen.append({n for n in ('nat', 'adv', 'std') if getattr(v, n) is not None})
+        if any(o is not None and o.features is not None for o in (v.nat, v.adv)): seen[-1].add('features')
+    for cb,want in ((TRAINCallback(None, attack=quick()), {'adv'}),
+                    (TRAINCallback(None, robust=TRADES(), attack=quick()), {'nat', 'adv'}),
+                    (TRAINCallback(None, robust=Natural()), {'nat'}),
+                    (TRAINCallback(net(2), attack=quick(), relation=Gap()), {'adv', 'std'}),
+                    (TRAINCallback(net(2), attack=quick()), {'adv', 'std', 'features'})):
         seen = []
-        fit(cb, 1)
+        fit(cb, 1, cbs=[Call('after_loss', look, 90)])
         assert seen == [want]*4
+
+# --- names of terms
+
+class Remembering(Gap):
+    "Counts its batches"
+    def __init__(self, term):
+        super().__init__(1., term)
+        self.n = 0
+    def __call__(self, v):
+        self.n += 1
+        return super().__call__(v)
+    def state_dict(self): return dict(n=self.n)
+    def load_state_dict(self, state): self.n = state['n']
+
+@pytest.mark.parametrize('term', ['average', 'robust', 'strategy', 'perturb', 'attack'])
+def test_term_may_be_called_as_a_family(tmp_path, term):
+    "Its state is its own, beside that of the piece of that family"
+    def cb(): return TRAINCallback(net(2), attack=quick(), relation=Remembering(term), average=EMA(), perturb=AWP(.01))
+    learn = fit(cb())
+    assert min(column(learn, term)) > 0 and learn.train_cb.relations[0].n == 8
+    state = copy.deepcopy(learn.train_cb.state_dict())
+    assert state['pieces'].keys() == {'average', f'relations.{term}'}
+    other = fit(cb(), 0)
+    other.train_cb.load_state_dict(state)
+    assert other.train_cb.relations[0].n == 8 and same(state, other.train_cb.state_dict())
+
+@pytest.mark.parametrize('term', ['robust_loss', 'lambda', 'std_accuracy', 'accuracy', 'std_loss', 'valid_loss'])
+def test_term_of_another_column(term):
+    with pytest.raises(ValueError, match=f"'{term}', which is another column"): TRAINCallback(net(2), relation=Gap(term=term))
+
+@pytest.mark.parametrize('term', ['ema_accuracy', 'mine'])
+def test_term_of_a_column_of_this_learner(term):
+    def mine(inp, target): return inp.sum()
+    cb = TRAINCallback(net(2), attack=quick(), relation=Gap(term=term), average=EMA())
+    with pytest.raises(ValueError, match=f"'{term}', which is another column"): fit(cb, metrics=[mine])
 
 # --- weights of the terms
 
 def terms_of(cb, **kwargs):
     rows = []
     def keep(learn):
-        if learn.training: rows.append({k: t.item() for k,t in cb.terms.items()} | dict(loss=learn.loss.item(), lam=cb.lam(learn.pct_train, learn.epoch)))
+        if learn.training:
+            rows.append({k: t.item() for k,t in cb.terms.items()} | dict(loss=learn.loss.item(), lam=cb.lam(learn.pct_train, learn.epoch)))
     return fit(cb, cbs=[Call('after_loss', keep, 90)], **kwargs),rows
 
 def test_constant_weight_beside_lambda():
@@ -100,7 +147,8 @@ def test_constant_weight_beside_lambda():
     assert len({r['lam'] for r in rows}) == 8
     for r in rows: assert r['loss'] == pytest.approx(r['ce'] + .3*r['gap'] + r['lam']*r['l_tp'], rel=1e-6)
     assert list(learn.recorder.metric_names[4:-1]) == ['robust_loss', 'gap', 'l_tp', 'lambda', 'std_accuracy']
-    for n,k in (('robust_loss', 'ce'), ('gap', 'gap'), ('l_tp', 'l_tp')): assert column(learn, n)[1] == pytest.approx(sum(r[k] for r in rows[4:])/4, rel=1e-5)
+    for n,k in (('robust_loss', 'ce'), ('gap', 'gap'), ('l_tp', 'l_tp')):
+        assert column(learn, n)[1] == pytest.approx(sum(r[k] for r in rows[4:])/4, rel=1e-5)
 
 def test_constant_weight_is_a_constant_lambda():
     a,b,c = (fit(TRAINCallback(net(2), attack=quick(), relation=Gap(w), lam=lam)) for w,lam in ((.5, 100.), (None, .5), (.7, .5)))
@@ -108,7 +156,8 @@ def test_constant_weight_is_a_constant_lambda():
     assert 'lambda' in b.recorder.metric_names and 'lambda' not in a.recorder.metric_names # shown where it is used
 
 def test_weight_0_measures_only():
-    a,b = (fit(cb) for cb in (TRAINCallback(net(2), attack=quick(), relation=[Gap(0.), Topology(weight=0)]), TRAINCallback(None, attack=quick())))
+    a,b = (fit(cb) for cb in (TRAINCallback(net(2), attack=quick(), relation=[Gap(0.), Topology(weight=0)]),
+                              TRAINCallback(None, attack=quick())))
     assert same(snapshot(a.model), snapshot(b.model)) and min(column(a, 'gap') + column(a, 'l_tp')) > 0
 
 @pytest.mark.parametrize('robust, left', [(TRADES, ['kl', 'gap']), (AT, ['ce', 'gap'])])
@@ -125,16 +174,17 @@ class Mapped(Relation):
     "Squared distance of the features, those of M' being mapped"
     term,needs = 'mapped',('std', 'adv', 'features')
     def __init__(self, weight=1., width=None): self.weight,self.width,self.made = weight,width,0
-    def setup(self, cb):
+    def setup(self, training):
         if self.module is not None: return
         self.made += 1
-        with fork_rng(5): self.module = nn.Linear(n_features(cb.learn.model), n_features(cb.policy.model))
-    def __call__(self, v): return F.mse_loss(self.module(v.adv.features.to(self.module.weight)), v.std.features.detach().to(self.module.weight))
+        with fork_rng(5): self.module = nn.Linear(n_features(training.model), n_features(training.standard))
+    def __call__(self, v):
+        return F.mse_loss(self.module(v.adv.features.to(self.module.weight)), v.std.features.detach().to(self.module.weight))
     def state_dict(self): return self.module.state_dict()
     def load_state_dict(self, state): self.module.load_state_dict(state)
 
 def with_module(weight=1.): return TRAINCallback(net(2), attack=quick(), relation=[Topology(), Mapped(weight)])
-def module(learn): return learn.train_cb.pieces['mapped'].module
+def module(learn): return learn.train_cb.pieces['relations.mapped'].module
 
 @pytest.mark.parametrize('method', ['fit', 'fit_one_cycle'])
 @pytest.mark.parametrize('clip', [False, True])
@@ -146,7 +196,8 @@ def test_module_is_trained(method, clip):
         states.append(snapshot(module(learn)))
         hypers.append({k: float(learn.opt.hypers[-1][k]) for k in ('lr', 'mom')})
         assert all(p.grad is None or not p.grad.any() for p in module(learn).parameters())
-    learn = fit(with_module(), method=method, cbs=[Call('before_step', before, -90, 'a'), Call('after_step', after, 90, 'b'), *([GradientClip(.01)] if clip else [])])
+    learn = fit(with_module(), method=method, cbs=[Call('before_step', before, -90, 'a'), Call('after_step', after, 90, 'b'),
+                                                   *([GradientClip(.01)] if clip else [])])
     with fork_rng(5): want = nn.Linear(256, 256)
     opt = torch.optim.SGD(want.parameters(), .05, momentum=.9, weight_decay=5e-4)
     assert len(grads) == 8 and (len({h['lr'] for h in hypers}) > 4) == (method == 'fit_one_cycle')
@@ -161,10 +212,12 @@ def test_module_is_trained(method, clip):
 def test_module_leaves_the_rest_alone():
     "Its relation without weight: M' and M as without the piece, and the module not trained"
     a,b = fit(with_module(0.)),fit(TRAINCallback(net(2), attack=quick()))
-    assert same(snapshot(a.model), snapshot(b.model)) and same(snapshot(a.train_cb.standard_learner.model), snapshot(b.train_cb.standard_learner.model))
+    assert same(snapshot(a.model), snapshot(b.model))
+    assert same(snapshot(a.train_cb.standard_learner.model), snapshot(b.train_cb.standard_learner.model))
     with fork_rng(5): assert same(snapshot(module(a)), nn.Linear(256, 256).state_dict())
     c = fit(with_module())
-    assert not same(snapshot(a.model), snapshot(c.model)) and same(snapshot(a.train_cb.standard_learner.model), snapshot(c.train_cb.standard_learner.model))
+    assert not same(snapshot(a.model), snapshot(c.model))
+    assert same(snapshot(a.train_cb.standard_learner.model), snapshot(c.train_cb.standard_learner.model))
 
 def test_module_is_made_once():
     learn = fit(with_module(), 1)
@@ -172,7 +225,8 @@ def test_module_is_made_once():
     with learn.no_bar(), learn.no_logging(): learn.validate()
     assert same(before, snapshot(module(learn)))
     quietly(learn, 1, .05)
-    assert learn.train_cb.pieces['mapped'].made == 1 and learn.train_cb._side is side and not same(before, snapshot(module(learn)))
+    assert learn.train_cb.pieces['relations.mapped'].made == 1 and learn.train_cb._side is side
+    assert not same(before, snapshot(module(learn)))
 
 def test_module_and_accumulation():
     "Stepped when M' is"
@@ -180,7 +234,8 @@ def test_module_and_accumulation():
     def after(learn):
         if learn.training: changed.append(not same(seen[-1], snapshot(module(learn))))
     seen = []
-    fit(with_module(), 1, cbs=[GradientAccumulation(16), Call('before_batch', lambda l: seen.append(snapshot(module(l))), 90, 'a'), Call('after_batch', after, 90, 'b')])
+    fit(with_module(), 1, cbs=[GradientAccumulation(16), Call('before_batch', lambda l: seen.append(snapshot(module(l))), 90, 'a'),
+                               Call('after_batch', after, 90, 'b')])
     assert changed == [False, True, False, True]
 
 def test_module_and_lr_find():
@@ -189,12 +244,13 @@ def test_module_and_lr_find():
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=6, show_plot=False)
     assert same(before, snapshot(module(learn))) and same(opt, learn.train_cb._side.opt.state_dict()['state'])
 
-@pytest.mark.parametrize('opt_func', [Adam, torch_sgd])
+@pytest.mark.parametrize('opt_func', [torch_sgd, pytest.param(Adam, marks=pytest.mark.slow)])
 def test_module_resumed(tmp_path, opt_func):
     whole,parts = check(tmp_path, with_module, opt_func=opt_func)
     a,b = (learn.train_cb for learn in (whole, parts))
     assert same(snapshot(module(whole)), snapshot(module(parts))) and same(a._side.opt.state_dict(), b._side.opt.state_dict())
-    for f in ('last.pt', 'best.pt'): assert 'weight' in torch.load(tmp_path/'b'/'ckpt'/f, weights_only=True)['callbacks']['train_cb']['pieces']['mapped']
+    for f in ('last.pt', 'best.pt'):
+        assert 'weight' in torch.load(tmp_path/'b'/'ckpt'/f, weights_only=True)['callbacks']['train_cb']['pieces']['relations.mapped']
 
 # --- plans and notes reach where they should
 
@@ -213,14 +269,16 @@ class Planned(Noted):
 
 def test_notes_of_a_strategy():
     robust,strategy,labels = Noted(),Still(),[]
-    learn = fit(TRAINCallback(None, robust=robust, strategy=strategy, attack=quick()), cbs=[Call('before_batch', lambda l: l.training and labels.append(l.yb[0].clone()), 90)])
+    learn = fit(TRAINCallback(None, robust=robust, strategy=strategy, attack=quick()),
+                cbs=[Call('before_batch', lambda l: l.training and labels.append(l.yb[0].clone()), 90)])
     assert len(robust.seen) == 8 and all(torch.equal(t, 2*y) for t,y in zip(robust.seen, labels))
-    assert strategy.after == [(i, True, True) for i in range(8)]
+    assert strategy.after == [(pytest.approx(i/8), True, True) for i in range(8)]
     assert same(snapshot(learn.model), snapshot(fit(TRAINCallback(None, attack=quick())).model)) # an empty plan changes nothing
 
 def test_plan_of_a_loss():
     robust,adv = Planned(),[]
-    fit(TRAINCallback(None, robust=robust, attack=quick(start='natural')), cbs=[Call('before_batch', lambda l: l.training and adv.append(torch.equal(l.xb[0], l.train_cb.views.x)), 90)])
+    fit(TRAINCallback(None, robust=robust, attack=quick(start='natural')),
+        cbs=[Call('before_batch', lambda l: l.training and adv.append(torch.equal(l.xb[0], l.train_cb.views.x)), 90)])
     assert robust.calls == [(True, e, 2, 2, True) for e in (0, 1) for _ in range(4)]
     assert adv == [True]*8 and all(t is not None for t in robust.seen) # no steps were planned
 
@@ -237,7 +295,8 @@ def test_strategy_comes_before_the_loss():
 
 # --- plans in PGD
 
-sizes = dict(linf=(torch.tensor([.1, .02, .3, .05, .1, .2]), torch.tensor([.03, .01, .05, .02, .004, .1])), l2=(torch.tensor([1.5, .3, 3., 1., 2., 1.]), torch.tensor([.4, .1, .9, .2, .05, .7])))
+sizes = dict(linf=(torch.tensor([.1, .02, .3, .05, .1, .2]), torch.tensor([.03, .01, .05, .02, .004, .1])),
+             l2=(torch.tensor([1.5, .3, 3., 1., 2., 1.]), torch.tensor([.4, .1, .9, .2, .05, .7])))
 steps = torch.tensor([3, 1, 5, 0, 5, 2])
 
 def start_somewhere(x, eps, norm, clip):
@@ -283,7 +342,8 @@ def reference(model, x, y, attack, plan, go=None):
         forwards.append(n)
     return torch.cat(out),forwards
 
-rules = dict(parity=lambda logits, y, t: t < 3 + y % 3, margin=lambda logits, y, t: logits[y] > logits.mean(), never=lambda logits, y, t: False, always=lambda logits, y, t: True,
+rules = dict(parity=lambda logits, y, t: t < 3 + y % 3, margin=lambda logits, y, t: logits[y] > logits.mean(), never=lambda logits,
+             y, t: False, always=lambda logits, y, t: True,
              first_only=lambda logits, y, t: t == 0, even=lambda logits, y, t: y % 2 == 0)
 
 @pytest.mark.parametrize('with_steps', [False, True])
@@ -333,8 +393,10 @@ def test_start_of_another_size(norm, each):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     assert (norms[norm].size(got - x) <= eps + 1e-12).all()
     with fork_rng(3): assert not torch.allclose(got, attack(model, x, y))
-    with fork_rng(3): own = attack(model, x, y, plan=Plan(eps=torch.full((6,), 2*eps, dtype=torch.float64), steps=torch.zeros(6, dtype=torch.long)))
-    with fork_rng(3): torch.testing.assert_close(own, (x + norms[norm].sample(x, 2*eps)).clamp(0, 1)) # the ball of the plan, where it names no start
+    with fork_rng(3):
+        own = attack(model, x, y, plan=Plan(eps=torch.full((6,), 2*eps, dtype=torch.float64), steps=torch.zeros(6, dtype=torch.long)))
+    # the ball of the plan, where it names no start
+    with fork_rng(3): torch.testing.assert_close(own, (x + norms[norm].sample(x, 2*eps)).clamp(0, 1))
 
 @pytest.mark.parametrize('norm', sizes)
 def test_clamped_at_the_end(norm):
@@ -363,7 +425,8 @@ def test_noise():
     assert not torch.allclose(got, attack(model, x, y))
 
 @pytest.mark.parametrize('start', ['natural', lambda x, eps, norm, clip: x])
-@pytest.mark.parametrize('plan', [Plan(), Plan(steps=steps), Plan(moves=lambda t, logits, at: torch.arange(len(logits)) % 2 == 0), Plan(noise=.1, clamp=.01), Plan(eps=sizes['linf'][0], alpha=sizes['linf'][1], steps=steps)])
+@pytest.mark.parametrize('plan', [Plan(), Plan(steps=steps), Plan(moves=lambda t, logits, at: torch.arange(len(logits)) % 2 == 0),
+                                  Plan(noise=.1, clamp=.01), Plan(eps=sizes['linf'][0], alpha=sizes['linf'][1], steps=steps)])
 def test_nothing_given_is_changed(start, plan):
     model,x,y = data()
     before,state = (x.clone(), y.clone(), *(t.clone() for t in (plan.eps, plan.alpha, plan.steps) if t is not None)),snapshot(model)
@@ -375,4 +438,5 @@ def test_nobody_steps():
     model,x,y = data()
     batches = []
     model.register_forward_pre_hook(lambda m, inp: batches.append(len(inp[0])))
-    assert torch.equal(PGD(.2, .05, 4, start='natural')(model, x, y, plan=Plan(steps=torch.zeros(6, dtype=torch.long))), x) and batches == []
+    assert torch.equal(PGD(.2, .05, 4, start='natural')(model, x, y, plan=Plan(steps=torch.zeros(6, dtype=torch.long))), x)
+    assert batches == []

@@ -2,10 +2,12 @@
 import re
 from pathlib import Path
 
+import pytest
 from fastprogress import fastprogress
 
 readme = (Path(__file__).parent.parent/'README.md').read_text()
 
+@pytest.mark.slow
 def test_python_of_the_readme(monkeypatch):
     monkeypatch.setattr(fastprogress, 'NO_BAR', True)
     blocks,names = re.findall(r'```python\n(.*?)```', readme, re.S),{}

@@ -7,11 +7,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import Call, digit_dls, make_learner, net, quick, quietly, same, snapshot
-from fastrain.training.callback import TRAINCallback, history
+from fastrain.training.callback import TRAINCallback
+from fastrain.training.metrics import history
 from fastrain.core import seed_all
 from fastrain.pieces.losses import AT, TRADES, Natural
 from fastrain.pieces.base import Output, Views
-from fastrain.pieces.relations import LBGAT, PKT, AbsoluteCosine, Relation, RKDAngle, RKDDistance, Topology, euclidean_distance, triplet_angles
+from fastrain.pieces.relations import (LBGAT, PKT, AbsoluteCosine, Relation, RKDAngle, RKDDistance, Topology,
+                                       _euclidean_distance, _triplet_angles)
 from fastrain.training.standard import Frozen
 from test_topology import edge_cases, pair
 
@@ -53,7 +55,8 @@ def pkt(std, adv, mean=False):
     total = sum(p[i][j]*((p[i][j] + 1e-7)/(q[i][j] + 1e-7)).log() for i,j in pairs(n))
     return total/n**2 if mean else total
 
-cases = dict(absolute=(AbsoluteCosine(), absolute), rkd_d=(RKDDistance(), rkd_d), rkd_a=(RKDAngle(), rkd_a), pkt=(PKT(), pkt), pkt_mean=(PKT('mean'), lambda s, a: pkt(s, a, True)))
+cases = dict(absolute=(AbsoluteCosine(), absolute), rkd_d=(RKDDistance(), rkd_d), rkd_a=(RKDAngle(), rkd_a), pkt=(PKT(), pkt),
+             pkt_mean=(PKT('mean'), lambda s, a: pkt(s, a, True)))
 terms = pytest.mark.parametrize('name', cases)
 
 @terms
@@ -72,12 +75,12 @@ def test_equals_the_formula(name, n, d, d2, far):
 def test_linear_part_is_reached(): # or the far image above would test nothing
     std,adv = pair(5)
     adv[0] = adv[0]*30 + 5
-    d,e = (o/o[o > 0].mean() for o in map(euclidean_distance, (std, adv)))
+    d,e = (o/o[o > 0].mean() for o in map(_euclidean_distance, (std, adv)))
     assert (d - e).abs().max() > 1
 
 def test_angles_reach_the_linear_part():
     std,adv = torch.tensor([[0., 0], [1, 0], [-1, 0]]),torch.tensor([[0., 0], [1, 0], [1, .1]])
-    assert (triplet_angles(std) - triplet_angles(adv)).abs().max() > 1.5
+    assert (_triplet_angles(std) - _triplet_angles(adv)).abs().max() > 1.5
     assert value(RKDAngle(), std.double(), adv.double()).item() == pytest.approx(rkd_a(std.double(), adv.double()).item(), rel=1e-9)
 
 @terms
@@ -225,7 +228,8 @@ def test_trains(term):
 
 def test_columns():
     learn = fit([r() for r in makers.values()])
-    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'robust_loss', *makers, 'lambda', 'std_accuracy', 'time']
+    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'robust_loss', *makers, 'lambda',
+                                           'std_accuracy', 'time']
     assert 'lambda' not in fit([RKDDistance(), RKDAngle(), LBGAT()]).recorder.metric_names
 
 @pytest.mark.parametrize('robust', [AT, TRADES])
@@ -235,7 +239,8 @@ def test_who_gets_gradient(robust):
         if not learn.training: return
         cb = learn.train_cb
         for r in (*pieces, LBGAT(detach=True), Topology(), Topology(detach=False)):
-            g_adv,g_std = (torch.autograd.grad(r(cb.views), [*m.parameters()], retain_graph=True, allow_unused=True) for m in (learn.model, std))
+            g_adv,g_std = (torch.autograd.grad(r(cb.views), [*m.parameters()], retain_graph=True, allow_unused=True)
+                           for m in (learn.model, std))
             assert any(g is not None and g.any() for g in g_adv), r
             both = r.joint or r.term == 'lbgat' and not r.detach
             assert any(g is not None and g.any() for g in g_std) == both, r
@@ -249,7 +254,8 @@ def std_after(relation, **kwargs): return snapshot(fit(relation, n_epoch=2, **kw
 @pytest.mark.parametrize('robust', [AT, TRADES])
 def test_lbgat_alone_trains_the_standard_model(robust):
     alone = std_after(False, robust=robust)
-    assert same(alone, std_after([AbsoluteCosine(), RKDDistance(), RKDAngle(), PKT(), LBGAT(detach=True), Topology()], robust=robust)) # bit for bit
+    # bit for bit
+    assert same(alone, std_after([AbsoluteCosine(), RKDDistance(), RKDAngle(), PKT(), LBGAT(detach=True), Topology()], robust=robust))
     assert not same(alone, std_after(LBGAT(), robust=robust))
 
 def test_lbgat_with_a_frozen_standard_model():
@@ -258,7 +264,8 @@ def test_lbgat_with_a_frozen_standard_model():
     assert same(snapshot(std), snapshot(net(2))) and column(learn, 'lbgat')[0] > 0
     with pytest.raises(ValueError, match='detach=True'): fit(Topology(detach=False), std=Frozen(std))
 
-@pytest.mark.parametrize('robust, ce, kept', [(AT, None, 'ce'), (AT, True, 'ce'), (AT, False, ''), (TRADES, None, 'kl'), (TRADES, True, 'ce kl'), (TRADES, False, 'kl')])
+@pytest.mark.parametrize('robust, ce, kept', [(AT, None, 'ce'), (AT, True, 'ce'), (AT, False, ''), (TRADES, None, 'kl'),
+                                              (TRADES, True, 'ce kl'), (TRADES, False, 'kl')])
 def test_what_lbgat_leaves_of_the_loss(robust, ce, kept):
     seen = []
     def look(learn):

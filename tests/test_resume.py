@@ -14,11 +14,14 @@ from fastai.optimizer import Adam
 
 from conftest import Call, Net, net, quick, quietly, same, snapshot
 from fastrain.training.callback import TRAINCallback
-from fastrain.training.checkpoint import Checkpoint
+from fastrain.training.checkpoint import Checkpoint, averaged_weights, read_state, standard_state
 from fastrain.core import seed_all
 from fastrain.data.sources import get_dls
 from fastrain.training.metrics import RobustAccuracy
+from fastrain.pieces.crd import CRD
 from fastrain.pieces.losses import TRADES, Natural
+from fastrain.pieces.relations import Topology
+from fastrain.pieces.weights import EMA
 from fastrain.models.backbone import load_weights
 from fastrain.training.schedules import LambdaSchedule, MultiStep, torch_sgd
 from fastrain.training.standard import CoTrained, Frozen
@@ -35,12 +38,14 @@ def build(path, cb, opt_func=Adam, cbs=(), seed=1, metrics=None, main=None):
     path.mkdir(exist_ok=True)
     seed_all(seed)
     dls = get_dls('digits', bs=16, n_train=64, n_test=24, device='cpu')
-    return Learner(dls, net(seed, drop=.3) if main is None else main, CrossEntropyLossFlat(), opt_func=opt_func, path=path, cbs=[cb(), *cbs],
+    return Learner(dls, net(seed, drop=.3) if main is None else main, CrossEntropyLossFlat(), opt_func=opt_func, path=path,
+                   cbs=[cb(), *cbs],
                    metrics=[accuracy, RobustAccuracy(quick(), n=10)] if metrics is None else metrics)
 
 def final(learn):
     std = learn.train_cb.standard_learner
-    return dict(main=snapshot(learn.model), opt=copy.deepcopy(learn.opt.state_dict()), values=[list(v) for v in learn.recorder.values], losses=[float(l) for l in learn.recorder.losses[-4:]],
+    return dict(main=snapshot(learn.model), opt=copy.deepcopy(learn.opt.state_dict()),
+                values=[list(v) for v in learn.recorder.values], losses=[float(l) for l in learn.recorder.losses[-4:]],
                 std=std and dict(model=snapshot(std.model), opt=std.opt and copy.deepcopy(std.opt.state_dict())))
 
 def stop_after(epoch):
@@ -60,7 +65,8 @@ def interrupted(path, cb, stops=(1,), make_cbs=lambda: [], n_epoch=4, method='fi
     return learn
 
 def check(tmp_path, cb, make_cbs=lambda: [], fit_cbs=lambda: [], n_epoch=4, method='fit_one_cycle', stops=(1,), **kwargs):
-    whole = run(build(tmp_path/'a', cb, cbs=make_cbs(), **kwargs), Checkpoint(tmp_path/'a'/'ckpt', 'pgd2_accuracy'), n_epoch, method, fit_cbs())
+    whole = run(build(tmp_path/'a', cb, cbs=make_cbs(), **kwargs), Checkpoint(tmp_path/'a'/'ckpt', 'pgd2_accuracy'), n_epoch,
+                method, fit_cbs())
     parts = interrupted(tmp_path/'b', cb, stops, make_cbs, n_epoch, method, fit_cbs, **kwargs)
     a,b = final(whole),final(parts)
     for k in a: assert same(a[k], b[k]), k
@@ -69,22 +75,27 @@ def check(tmp_path, cb, make_cbs=lambda: [], fit_cbs=lambda: [], n_epoch=4, meth
         assert same(x['model'], y['model']) and x['epoch'] == y['epoch'] and x['values'] == y['values']
     return whole,parts
 
-@pytest.mark.parametrize('opt_func', [Adam, torch_sgd])
-@pytest.mark.parametrize('cb', [at_train, trades_train])
+slow = pytest.mark.slow
+
+@pytest.mark.parametrize('cb, opt_func', [(at_train, Adam), (trades_train, torch_sgd), pytest.param(at_train, torch_sgd, marks=slow),
+                                          pytest.param(trades_train, Adam, marks=slow)])
 def test_resumed(tmp_path, cb, opt_func): check(tmp_path, cb, opt_func=opt_func)
 
-@pytest.mark.parametrize('cb', [by_name, at, standard])
+@pytest.mark.parametrize('cb', [at, standard, pytest.param(by_name, marks=slow)])
 def test_resumed_other_methods(tmp_path, cb): check(tmp_path, cb)
 
 def test_resumed_frozen(tmp_path): check(tmp_path, frozen)
 
 def test_resumed_twice(tmp_path): check(tmp_path, at_train, stops=(0, 2))
 
-def test_resumed_with_drops(tmp_path): check(tmp_path, at_train, fit_cbs=lambda: [MultiStep(.05, 4, (2, 3))], method='fit', opt_func=torch_sgd)
+def test_resumed_with_drops(tmp_path):
+    check(tmp_path, at_train, fit_cbs=lambda: [MultiStep(.05, 4, (2, 3))], method='fit', opt_func=torch_sgd)
 
-@pytest.mark.parametrize('stops', [(0,), (2,)])
+@pytest.mark.parametrize('stops', [(2,), pytest.param((0,), marks=slow)])
 def test_resumed_with_trackers(tmp_path, stops, capsys):
-    whole,parts = check(tmp_path, at_train, make_cbs=lambda: [SaveModelCallback('pgd2_accuracy'), EarlyStoppingCallback('robust_loss', min_delta=.05, patience=2), CSVLogger()], stops=stops, n_epoch=5)
+    def trackers():
+        return [SaveModelCallback('pgd2_accuracy'), EarlyStoppingCallback('robust_loss', min_delta=.05, patience=2), CSVLogger()]
+    whole,parts = check(tmp_path, at_train, make_cbs=trackers, stops=stops, n_epoch=5)
     logs = [learn.csv_logger.read_log().drop(columns='time') for learn in (whole, parts)]
     assert logs[0].equals(logs[1])
 
@@ -97,7 +108,8 @@ def test_interrupted_within_an_epoch(tmp_path):
     whole = run(build(tmp_path/'a', at_train), Checkpoint(tmp_path/'a'/'ckpt'))
     def stop(learn):
         if learn.training and learn.epoch == 2 and learn.iter == 1: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): run(build(tmp_path/'b', at_train), Checkpoint(tmp_path/'b'/'ckpt'), cbs=[Call('after_loss', stop, 90)])
+    with pytest.raises(KeyboardInterrupt):
+        run(build(tmp_path/'b', at_train), Checkpoint(tmp_path/'b'/'ckpt'), cbs=[Call('after_loss', stop, 90)])
     resumed = run(build(tmp_path/'b', at_train, seed=5), Checkpoint(tmp_path/'b'/'ckpt', resume=True))
     a,b = final(whole),final(resumed)
     for k in a: assert same(a[k], b[k]), k
@@ -116,15 +128,18 @@ def test_finished_run_is_not_trained_again(tmp_path):
     file = (tmp_path/'ckpt'/'last.pt').read_bytes()
     b = run(build(tmp_path, at_train, seed=4), Checkpoint(tmp_path/'ckpt', resume=True), 2)
     assert same(snapshot(a.model), snapshot(b.model)) and same([list(v) for v in a.recorder.values], [list(v) for v in b.recorder.values])
-    assert same(snapshot(a.train_cb.standard_learner.model), snapshot(b.train_cb.standard_learner.model)) and file == (tmp_path/'ckpt'/'last.pt').read_bytes()
+    assert same(snapshot(a.train_cb.standard_learner.model), snapshot(b.train_cb.standard_learner.model))
+    assert file == (tmp_path/'ckpt'/'last.pt').read_bytes()
 
 def test_best_is_the_best(tmp_path):
     kept = []
-    learn = run(build(tmp_path, at_train), Checkpoint(tmp_path/'ckpt', 'accuracy'), 4, cbs=[Call('after_epoch', lambda l: kept.append((snapshot(l.model), snapshot(l.train_cb.standard_learner.model))), 98)])
+    learn = run(build(tmp_path, at_train), Checkpoint(tmp_path/'ckpt', 'accuracy'), 4,
+                cbs=[Call('after_epoch', lambda l: kept.append((snapshot(l.model), snapshot(l.train_cb.standard_learner.model))), 98)])
     col = [v[learn.recorder.metric_names.index('accuracy') - 1] for v in learn.recorder.values]
     best = torch.load(tmp_path/'ckpt'/'best.pt', weights_only=True)
     i = int(np.argmax(col))
-    assert best['epoch'] == i + 1 and same(best['model'], dict(kept[i][0])) and same(best['callbacks']['train_cb']['standard']['model'], dict(kept[i][1]))
+    assert best['epoch'] == i + 1 and same(best['model'], dict(kept[i][0]))
+    assert same(best['callbacks']['train_cb']['standard']['model'], dict(kept[i][1]))
 
 def test_checkpoints_load_safely_and_into_a_plain_model(tmp_path):
     learn = run(build(tmp_path, by_name), Checkpoint(tmp_path/'ckpt'), 1)
@@ -155,25 +170,32 @@ def stopped(tmp_path):
 
 def refused(learn, ckpt, error, match, **kwargs):
     "The error, the file as before, and the models as before"
-    before,main,std = ckpt.last.read_bytes(),snapshot(learn.model),snapshot(learn.train_cb.policy.standard) if learn.train_cb.policy else None
+    before = ckpt.last.read_bytes()
+    main = snapshot(learn.model)
+    std = snapshot(learn.train_cb.policy.standard) if learn.train_cb.policy else None
     with pytest.raises(error, match=match): run(learn, ckpt, **kwargs)
     assert ckpt.last.read_bytes() == before
     assert same(main, snapshot(learn.model)) and (std is None or same(std, snapshot(learn.train_cb.policy.standard)))
 
-def test_other_number_of_epochs(stopped): refused(build(stopped, at_train), Checkpoint(stopped/'ckpt', resume=True), ValueError, '4 epochs, not 6', n_epoch=6)
-def test_other_architecture(stopped): refused(build(stopped, at_train, main=net(1, width=6)), Checkpoint(stopped/'ckpt', resume=True), ValueError, 'does not fit Net')
-def test_other_columns(stopped): refused(build(stopped, at_train, metrics=[accuracy]), Checkpoint(stopped/'ckpt', resume=True), ValueError, 'same metrics')
+def test_other_number_of_epochs(stopped):
+    refused(build(stopped, at_train), Checkpoint(stopped/'ckpt', resume=True), ValueError, '4 epochs, not 6', n_epoch=6)
+def test_other_architecture(stopped):
+    refused(build(stopped, at_train, main=net(1, width=6)), Checkpoint(stopped/'ckpt', resume=True), ValueError, 'does not fit Net')
+def test_other_columns(stopped):
+    refused(build(stopped, at_train, metrics=[accuracy]), Checkpoint(stopped/'ckpt', resume=True), ValueError, 'same metrics')
 def test_other_method(stopped): refused(build(stopped, at), Checkpoint(stopped/'ckpt', resume=True), ValueError, 'has the columns')
 
 def test_other_standard_model(stopped):
     def other(): return TRAINCallback(net(2, width=6), attack=quick())
     refused(build(stopped, other), Checkpoint(stopped/'ckpt', resume=True), ValueError, 'does not fit Net')
 
-def test_other_optimizer(stopped): refused(build(stopped, at_train, opt_func=torch_sgd), Checkpoint(stopped/'ckpt', resume=True), ValueError, '(?i)optimizer')
+def test_other_optimizer(stopped):
+    refused(build(stopped, at_train, opt_func=torch_sgd), Checkpoint(stopped/'ckpt', resume=True), ValueError, '(?i)optimizer')
 
 def test_existing_run(stopped): refused(build(stopped, at_train), Checkpoint(stopped/'ckpt'), FileExistsError, 'resume=True')
 
-@pytest.mark.parametrize('damage', [lambda b: b[:len(b)//2], lambda b: b[:100], lambda b: b'', lambda b: b'<!DOCTYPE html><html>404 Not Found</html>', lambda b: b[:2000] + bytes(2000) + b[4000:]])
+@pytest.mark.parametrize('damage', [lambda b: b[:len(b)//2], lambda b: b[:100], lambda b: b'',
+                                    lambda b: b'<!DOCTYPE html><html>404 Not Found</html>', lambda b: b[:2000] + bytes(2000) + b[4000:]])
 def test_damaged(stopped, damage):
     last = stopped/'ckpt'/'last.pt'
     last.write_bytes(damage(last.read_bytes()))
@@ -190,7 +212,8 @@ def test_not_of_a_run(stopped):
 def test_unknown_column(tmp_path):
     learn = build(tmp_path, at_train)
     main,std = snapshot(learn.model),snapshot(learn.train_cb.policy.standard)
-    with pytest.raises(ValueError, match="monitor='pgd20_accuracy' is no column.*pgd2_accuracy"): run(learn, Checkpoint(tmp_path/'ckpt', 'pgd20_accuracy'))
+    with pytest.raises(ValueError, match="monitor='pgd20_accuracy' is no column.*pgd2_accuracy"):
+        run(learn, Checkpoint(tmp_path/'ckpt', 'pgd20_accuracy'))
     assert same(main, snapshot(learn.model)) and same(std, snapshot(learn.train_cb.policy.standard)) and not (tmp_path/'ckpt').exists()
 
 def test_full_disk_keeps_the_last_checkpoint(stopped, monkeypatch):
@@ -211,3 +234,42 @@ def test_only_callbacks_with_a_state_of_their_own_are_saved(tmp_path):
 def test_resumed_with_another_logger(stopped):
     learn = run(build(stopped, at_train, cbs=[CSVLogger()]), Checkpoint(stopped/'ckpt', resume=True))
     assert len(learn.csv_logger.read_log()) == 4
+
+# --- files of version 0.1
+
+def as_of_0_1(file):
+    "The layout of version 0.1: relations by their term alone"
+    state = torch.load(file, weights_only=True)
+    del state['version']
+    cb = state['callbacks']['train_cb']
+    for part in ('pieces', 'modules'): cb[part] = {n.removeprefix('relations.'): s for n,s in cb[part].items()}
+    torch.save(state, file)
+
+def with_state(): return TRAINCallback(net(2, drop=.2), relation=[Topology(), CRD(k=8, dim=4)], attack=quick(), average=EMA())
+
+def test_resumed_from_a_file_of_0_1(tmp_path):
+    whole = run(build(tmp_path/'a', with_state), Checkpoint(tmp_path/'a'/'ckpt'), 2)
+    with pytest.raises(KeyboardInterrupt): run(build(tmp_path/'b', with_state), Checkpoint(tmp_path/'b'/'ckpt'), 2, cbs=[stop_after(0)])
+    for name in ('last.pt', 'best.pt'): as_of_0_1(tmp_path/'b'/'ckpt'/name)
+    old = torch.load(tmp_path/'b'/'ckpt'/'last.pt', weights_only=True)
+    assert set(old['callbacks']['train_cb']['pieces']) == {'crd', 'average'}
+    resumed = run(build(tmp_path/'b', with_state, seed=3), Checkpoint(tmp_path/'b'/'ckpt', resume=True), 2)
+    a,b = final(whole),final(resumed)
+    for k in a: assert same(a[k], b[k]), k
+    assert same(whole.train_cb.state_dict(), resumed.train_cb.state_dict())
+
+def test_what_is_in_a_file(tmp_path):
+    "The averaged weights and the standard model, whatever the version"
+    learn = run(build(tmp_path, with_state), Checkpoint(tmp_path/'ckpt'), 1)
+    std = learn.train_cb.policy.model
+    for _ in range(2):
+        for name in ('last.pt', 'best.pt'):
+            state = torch.load(tmp_path/'ckpt'/name, weights_only=True)
+            assert same(dict(averaged_weights(state)), dict(snapshot(learn.train_cb.average.model)))
+            assert same(dict(standard_state(state)['model']), dict(snapshot(std)))
+            assert set(read_state(state)['callbacks']['train_cb']['pieces']) == {'relations.crd', 'average'}
+            if 'version' in state: as_of_0_1(tmp_path/'ckpt'/name)
+    run(build(tmp_path/'plain', at), Checkpoint(tmp_path/'plain'/'ckpt'), 1)
+    state = torch.load(tmp_path/'plain'/'ckpt'/'last.pt', weights_only=True)
+    assert averaged_weights(state) is standard_state(state) is None
+    assert averaged_weights(dict(model={})) is standard_state(dict(model={}, callbacks={})) is None

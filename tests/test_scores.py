@@ -10,7 +10,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from fastrain.evaluation import scores
-from fastrain.evaluation.scores import l_tp_score, mcnemar, mean_spread, nearest_labels, topology_score, wilson
+from fastrain.evaluation.scores import Evidence, Measure, l_tp_score, mcnemar, mean_spread, nearest_labels, topology_score, wilson
+from fastrain.pieces import relations
 
 KS = (5, 10, 20, 30, 40, 50)
 
@@ -32,9 +33,10 @@ def test_wilson_of_impossible_counts(hits, n):
 # --- paired comparison
 
 def enumerated(first, second):
-    "Two-sided, exact: the probability of all counts that are no more likely than the one seen, if each image decides by the toss of a coin"
+    "Two-sided, exact: the probability of all counts that are no more likely than the one seen, if each image tosses a coin"
     n = first + second
-    return float(Fraction(sum(math.comb(n, k) for k in range(n + 1) if math.comb(n, k) <= math.comb(n, first)), 2**n))
+    ways = [math.comb(n, k) for k in range(n + 1)]
+    return float(Fraction(sum(w for w in ways if w <= ways[first]), 2**n))
 
 @pytest.mark.parametrize('first, second', [(0, 0), (1, 0), (0, 1), (1, 1), (5, 0), (2, 9), (9, 2), (7, 8), (3, 40)])
 def test_mcnemar_is_the_enumeration(first, second):
@@ -55,10 +57,13 @@ def test_mcnemar_needs_the_same_images(a, b):
 # --- spread over seeds
 
 def test_mean_spread():
-    df = pd.DataFrame(dict(method=['train', 'at', 'train', 'at', 'train', 'trades'], data='digits', accuracy=[50, 40.123, 52, 40.129, 57, 44.], loss=[1, 2, 3, 4, 8, 5.], note=list('abcdef')))
+    df = pd.DataFrame(dict(method=['train', 'at', 'train', 'at', 'train', 'trades'], data='digits',
+                           accuracy=[50, 40.123, 52, 40.129, 57, 44.], loss=[1, 2, 3, 4, 8, 5.], note=list('abcdef')))
     res = mean_spread(df, 'method')
-    assert list(res.index) == ['train', 'at', 'trades'] and list(res.columns) == ['accuracy', 'loss', 'seeds'] # in their order of appearance; words have no mean
-    assert res.loc['train', 'accuracy'] == f'53.00 ± {stdev([50, 52, 57]):.2f}' and res.loc['at', 'accuracy'] == f'40.13 ± {stdev([40.123, 40.129]):.2f}'
+    assert list(res.index) == ['train', 'at', 'trades'] # in their order of appearance
+    assert list(res.columns) == ['accuracy', 'loss', 'seeds'] # words have no mean
+    assert res.loc['train', 'accuracy'] == f'53.00 ± {stdev([50, 52, 57]):.2f}'
+    assert res.loc['at', 'accuracy'] == f'40.13 ± {stdev([40.123, 40.129]):.2f}'
     assert res.loc['trades', 'loss'] == '5.00' # one seed has no spread
     assert res.seeds.tolist() == [3, 2, 1]
     assert list(mean_spread(df, ['method', 'data']).index) == [('train', 'digits'), ('at', 'digits'), ('trades', 'digits')]
@@ -69,10 +74,14 @@ def sample(n_support=300, n_queries=80, dim=12, classes=7, seed=0):
     rng = np.random.default_rng(seed)
     y,y2 = rng.integers(0, classes, n_support),rng.integers(0, classes, n_queries)
     centres = rng.normal(size=(classes, dim))
-    f,f2 = (centres[c] + rng.normal(size=(len(c), dim))*rng.uniform(.5, 20, (len(c), 1)) for c in (y, y2)) # of all lengths: the cosine ignores them
+    def around(c): # of all lengths: the cosine ignores them
+        return centres[c] + rng.normal(size=(len(c), dim))*rng.uniform(.5, 20, (len(c), 1))
+    f,f2 = around(y),around(y2)
     return [torch.tensor(o) for o in (f, y, f2, y2)]
 
-def sklearn_predictions(f, y, f2, k): return KNeighborsClassifier(k, metric='cosine', algorithm='brute').fit(f.numpy(), y.numpy()).predict(f2.numpy())
+def sklearn_predictions(f, y, f2, k):
+    knn = KNeighborsClassifier(k, metric='cosine', algorithm='brute').fit(f.numpy(), y.numpy())
+    return knn.predict(f2.numpy())
 
 @pytest.mark.parametrize('seed', range(3))
 def test_topology_score_is_that_of_scikit_learn(seed):
@@ -87,7 +96,9 @@ def test_each_prediction_is_that_of_scikit_learn():
     f,y,f2,_ = sample()
     for k in (1, 2, 4, 5, 30):
         want = sklearn_predictions(f, y, f2, k)
-        for i in range(0, 80, 4): assert [topology_score(f, y, f2[i:i+1], torch.tensor([c]), (k,))[k] for c in range(7)] == [float(c == want[i]) for c in range(7)]
+        for i in range(0, 80, 4):
+            got = [topology_score(f, y, f2[i:i+1], torch.tensor([c]), (k,))[k] for c in range(7)]
+            assert got == [float(c == want[i]) for c in range(7)]
 
 def test_neighbours_come_nearest_first():
     f,y,f2,_ = sample(n_support=40)
@@ -116,7 +127,7 @@ def test_vote_ties_go_to_the_lower_class():
     assert wins == {k: sklearn_predictions(f, y, query, k)[0] for k in wins}
 
 def test_zero_features():
-    "A feature of zeros is at a right angle to all: behind those that point the same way, before those that point away; nothing turns into NaN"
+    "A feature of zeros is at a right angle to all: behind those that point the same way, before those that point away"
     f = torch.tensor([[1., 0], [0, 0], [-1, .1], [0, 0]])
     assert nearest_labels(f, torch.tensor([0, 1, 2, 1]), torch.tensor([[2., .1]]), 4).tolist() == [[0, 1, 1, 2]]
     got = nearest_labels(f, torch.tensor([0, 1, 2, 1]), torch.zeros(1, 2), 4)
@@ -137,15 +148,18 @@ def _case(**changes):
 
 @pytest.mark.parametrize('changes, error, match', [
     (dict(k=lambda d: 61), ValueError, 'k=61: expected 1 to 60'), (dict(k=lambda d: 0), ValueError, 'k=0'),
-    (dict(queries=lambda d: d['f2'][:,:5]), ValueError, r'\(60, 12\) and \(10, 5\)'), (dict(support=lambda d: d['f'][0], queries=lambda d: d['f2'][0]), ValueError, r'\(S,D\)'),
+    (dict(queries=lambda d: d['f2'][:,:5]), ValueError, r'\(60, 12\) and \(10, 5\)'),
+    (dict(support=lambda d: d['f'][0], queries=lambda d: d['f2'][0]), ValueError, r'\(S,D\)'),
     (dict(support_labels=lambda d: d['y'][:5]), ValueError, '5 labels for 60 supports'),
-    (dict(queries=lambda d: d['f2'][:0]), ValueError, '60 supports and 0 queries'), (dict(support=lambda d: d['f'][:0], support_labels=lambda d: d['y'][:0]), ValueError, '0 supports'),
+    (dict(queries=lambda d: d['f2'][:0]), ValueError, '60 supports and 0 queries'),
+    (dict(support=lambda d: d['f'][:0], support_labels=lambda d: d['y'][:0]), ValueError, '0 supports'),
     (dict(queries=lambda d: d['f2'].index_fill(0, torch.tensor([3]), float('nan'))), FloatingPointError, 'query features'),
     (dict(support=lambda d: d['f'].index_fill(0, torch.tensor([3]), float('inf'))), FloatingPointError, 'support features')])
 def test_bad_searches(changes, error, match):
     with pytest.raises(error, match=match): nearest_labels(**_case(**changes))
     c = _case(**changes)
-    with pytest.raises(error, match=match): topology_score(c['support'], c['support_labels'], c['queries'], torch.zeros(len(c['queries']), dtype=torch.long), (c['k'],))
+    labels = torch.zeros(len(c['queries']), dtype=torch.long)
+    with pytest.raises(error, match=match): topology_score(c['support'], c['support_labels'], c['queries'], labels, (c['k'],))
 
 # --- L_TP
 
@@ -188,7 +202,7 @@ def test_incomplete_batch_counts_for_nothing():
 
 def test_two_models_are_measured_on_the_same_batches(monkeypatch):
     seen = []
-    monkeypatch.setattr(scores, 'topology_loss', lambda f, g: seen.append((f[:,0].tolist(), g[:,0].tolist())) or torch.tensor(1.))
+    monkeypatch.setattr(relations, 'topology_loss', lambda f, g: seen.append((f[:,0].tolist(), g[:,0].tolist())) or torch.tensor(1.))
     number = torch.arange(40.)[:,None]
     def batches(width, **kwargs):
         seen.clear(); torch.rand(1) # the global generator has no say
@@ -211,3 +225,26 @@ def test_l_tp_needs_three_images_in_a_batch():
 def test_l_tp_needs_the_same_images():
     f,g = map(torch.tensor, features(20))
     with pytest.raises(ValueError): l_tp_score(f[:12], g, 4)
+
+# --- measures
+
+def test_measures():
+    assert list(Measure.registry) == ['topology_natural', 'topology_robust', 'l_tp'] # their order in tables
+    assert [Measure.of(k).title for k in Measure.registry] == ['natural topology', 'robust topology', 'L_TP']
+    assert Measure.of('topology_robust').text(.58333) == '58.33' and Measure.of('l_tp').text(.02468) == '0.025'
+    unknown = Measure.of('of_another_file')
+    assert (unknown.title, unknown.text(1/3), unknown.unit) == ('of_another_file', '0.3333', '') and Measure.title is None
+
+def test_measures_are_the_scores():
+    f,y,f2,y2 = sample()
+    g2 = f2 + .1*torch.randn_like(f2)
+    columns = dict(natural=dict(features=f2, y=y2), pgd20=dict(features=g2, y=y2))
+    evidence = Evidence(columns, 'pgd20', standard=dict(features=f2), support=dict(features=f, y=y), bs=16, ks=(5, 30, 50, 400))
+    want = dict(natural=topology_score(f, y, f2, y2, (5, 30, 50)), robust=topology_score(f, y, g2, y2, (5, 30, 50)))
+    assert evidence.topology == want # there are no 400 neighbours
+    assert Measure.of('topology_natural').measure(evidence) == want['natural'][30]
+    assert Measure.of('topology_robust').measure(evidence) == want['robust'][30]
+    assert Measure.of('l_tp').measure(evidence) == l_tp_score(f2, g2, 16)
+    few = Evidence(columns, 'pgd20', support=dict(features=f, y=y), ks=(5, 20))
+    assert Measure.of('topology_natural').measure(few) == few.topology['natural'][20] # the largest
+    assert Evidence(columns, 'pgd20').topology == {}

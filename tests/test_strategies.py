@@ -11,14 +11,14 @@ from fastrain.attacks.pgd import PGD
 from fastrain.training.callback import TRAINCallback
 from fastrain.core import fork_rng
 from fastrain.pieces.losses import AT, TRADES
-from fastrain.pieces.base import Views
+from fastrain.pieces.base import Training, Views
 from fastrain.pieces.strategies import ECAS, FAT, SAT, Strategy
 
 attack = PGD(.2, .05, 6)
 
 def with_loss(strategy, key):
     "The strategy, as set up for a robust loss"
-    strategy.setup(SimpleNamespace(robust=SimpleNamespace(key=key)))
+    strategy.setup(Training(None, robust=SimpleNamespace(key=key)))
     return strategy
 
 def at_epoch(epoch, epochs=120, x=None, y=None): return Views(x, y, epoch=epoch, epochs=epochs)
@@ -206,7 +206,8 @@ def test_sat_steps():
 def test_sat_uses_its_threshold():
     model,x,y = batch()
     early,late = (run(SAT(), model, x, y, epoch, 100) for epoch in (0, 99))
-    assert torch.equal(early, run(SAT(0, 0), model, x, y)) and torch.equal(late, run(SAT(.4, .4), model, x, y)) and not torch.equal(early, late)
+    assert torch.equal(early, run(SAT(0, 0), model, x, y)) and torch.equal(late, run(SAT(.4, .4), model, x, y))
+    assert not torch.equal(early, late)
 
 # --- ECAS
 
@@ -282,7 +283,8 @@ def test_ecas_in_half_precision():
     with fork_rng(1): want = ECAS().plan(Rounded(), v, attack)
     assert got.eps.dtype == got.alpha.dtype == torch.float32 and torch.equal(got.eps, want.eps)
 
-@pytest.mark.parametrize('key, variant, want', [('at', None, 'at'), ('trades', None, 'trades'), ('mart', None, 'at'), ('at', 'awp', 'awp'), ('trades', 'at', 'at')])
+@pytest.mark.parametrize('key, variant, want', [('at', None, 'at'), ('trades', None, 'trades'), ('mart', None, 'at'),
+                                                ('at', 'awp', 'awp'), ('trades', 'at', 'at')])
 def test_ecas_variant(key, variant, want):
     model,x,y = Sharp(),sharp_images(6),torch.zeros(6).long()
     x[:,0,0,0] = 0
@@ -353,13 +355,17 @@ def test_in_training(make, robust):
     plans = [p for *_,p in seen]
     if make is FAT: assert [p.noise for p in plans] == [.001*(robust is AT)]*4 and cb.strategy.tau(cb.views) == 1
     if make is SAT: assert cb.strategy.threshold(cb.views) == pytest.approx(.2) # half of the training
-    if make is ECAS: assert [p.alpha[0].item() for p in plans] == pytest.approx([2*.1/8*s/3 for s in ((3, 3, 4, 4) if robust is AT else (5, 5, 6, 6))])
+    if make is ECAS:
+        assert [p.alpha[0].item() for p in plans] == pytest.approx([2*.1/8*s/3 for s in ((3, 3, 4, 4) if robust is AT else (5, 5, 6, 6))])
 
 @pytest.mark.parametrize('make, match', [
     (lambda: FAT(breaks=50), r'breaks=50: expected full epochs'), (lambda: FAT(breaks=(5, -1)), r'breaks=\(5, -1\): expected full epochs'),
-    (lambda: FAT(of=0), 'of=0: expected'), (lambda: FAT(noise=-.1), r'noise=-0\.1: expected a standard deviation'), (lambda: FAT(noise=float('nan')), 'noise=nan: expected'),
-    (lambda: SAT(start=-1.1), r'start=-1\.1: expected a softmax gap'), (lambda: SAT(end=2), 'end=2: expected a softmax gap'), (lambda: SAT(end=float('nan')), 'end=nan'),
-    (lambda: SAT(first=-1), 'first=-1: expected'), (lambda: SAT(first=70), 'last=70: expected more than first=70'), (lambda: SAT(of=-5), 'of=-5: expected'),
+    (lambda: FAT(of=0), 'of=0: expected'), (lambda: FAT(noise=-.1), r'noise=-0\.1: expected a standard deviation'),
+    (lambda: FAT(noise=float('nan')), 'noise=nan: expected'),
+    (lambda: SAT(start=-1.1), r'start=-1\.1: expected a softmax gap'), (lambda: SAT(end=2), 'end=2: expected a softmax gap'),
+    (lambda: SAT(end=float('nan')), 'end=nan'),
+    (lambda: SAT(first=-1), 'first=-1: expected'), (lambda: SAT(first=70), 'last=70: expected more than first=70'),
+    (lambda: SAT(of=-5), 'of=-5: expected'),
     (lambda: SAT(shape='step'), "Did you mean 'steps'"), (lambda: ECAS('trade'), "Did you mean 'trades'")])
 def test_bad_parameters(make, match):
     with pytest.raises(ValueError, match=match): make()

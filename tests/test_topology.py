@@ -7,14 +7,17 @@ import torch
 
 from fastrain.pieces.base import Output, Views
 from fastrain.pieces.relations import Topology, cosine_distance, neighbour_probs, topology_loss
-from fastrain.training.schedules import LambdaSchedule, as_lambda, multi_step, printed, ramp
+from fastrain.training.schedules import LambdaSchedule, as_lambda, multi_step, schedules
+
+printed,ramp = schedules['printed'],schedules['ramp']
 
 def graph(f):
     "Lines 1 to 4 of the definition, with loops"
     n = len(f)
     d,k,p = np.zeros((n, n)),np.zeros((n, n)),np.zeros((n, n))
     for i in range(n):
-        for j in range(n): d[i,j] = 1 - sum(a*b for a,b in zip(f[i], f[j]))/math.sqrt(sum(a*a for a in f[i]))/math.sqrt(sum(b*b for b in f[j]))
+        for j in range(n):
+            d[i,j] = 1 - sum(a*b for a,b in zip(f[i], f[j]))/math.sqrt(sum(a*a for a in f[i]))/math.sqrt(sum(b*b for b in f[j]))
     for j in range(n):
         rho = min(d[i,j] for i in range(n) if i != j)
         for i in range(n):
@@ -54,7 +57,8 @@ def test_probabilities():
 def test_zero_for_equal_graphs():
     f = pair(6)[0]
     assert topology_loss(f, f).item() == 0
-    assert topology_loss(f, f@torch.linalg.qr(torch.randn(6, 6, dtype=f.dtype))[0]).item() == pytest.approx(0, abs=1e-12) # angles survive a rotation
+    # angles survive a rotation
+    assert topology_loss(f, f@torch.linalg.qr(torch.randn(6, 6, dtype=f.dtype))[0]).item() == pytest.approx(0, abs=1e-12)
 
 @pytest.mark.parametrize('reduction', ['sum', 'batchmean'])
 @pytest.mark.parametrize('n, d, d2', [(3, 4, 4), (6, 5, 3)])
@@ -86,7 +90,8 @@ def edge_cases(dtype):
     zero_row[2] = 0
     twins[1] = twins[0]
     opposite[1:] = -opposite[0]
-    return dict(zero_row=zero_row, all_zero=torch.zeros_like(r), twins=twins, all_same=r[:1].repeat(5, 1), opposite=opposite, one_against_all=torch.cat([r[:1], -r[:1].repeat(4, 1)]),
+    return dict(zero_row=zero_row, all_zero=torch.zeros_like(r), twins=twins, all_same=r[:1].repeat(5, 1), opposite=opposite,
+                one_against_all=torch.cat([r[:1], -r[:1].repeat(4, 1)]),
                 tiny=r*1e-30, huge=r*1e15, orthogonal=torch.eye(5, dtype=dtype), three=r[:3])
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -120,7 +125,8 @@ def test_not_finite_stays_so(bad):
 def test_too_few(n):
     with pytest.raises(ValueError, match='at least 3'): topology_loss(torch.randn(n, 4), torch.randn(n, 4))
 
-@pytest.mark.parametrize('a, b, match', [((4, 3, 2), (4, 3), r'std_features has shape \(4, 3, 2\)'), ((4, 3), (4,), r'adv_features has shape \(4,\)'), ((4, 3), (5, 3), '4 and 5 images')])
+@pytest.mark.parametrize('a, b, match', [((4, 3, 2), (4, 3), r'std_features has shape \(4, 3, 2\)'),
+                                         ((4, 3), (4,), r'adv_features has shape \(4,\)'), ((4, 3), (5, 3), '4 and 5 images')])
 def test_wrong_shapes(a, b, match):
     with pytest.raises(ValueError, match=match): topology_loss(torch.randn(a), torch.randn(b))
 

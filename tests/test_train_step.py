@@ -11,8 +11,10 @@ from fastrain.pieces.losses import TRADES
 from fastrain.models.backbone import create_backbone
 from fastrain.training.schedules import torch_sgd
 
-NAMES = '''resnet18 resnet10t wide_resnet34_10 preact_resnet18 mobilenetv3_small_100 mobilenetv3_large_100 efficientnet_b0 convnext_atto densenet121
-           vgg11_bn vit_tiny_patch16_224 mixer_s32_224 deit_tiny_patch16_224'''.split()
+QUICK = 'mobilenetv3_small_100 convnext_atto vit_tiny_patch16_224'.split()
+SLOW = '''resnet18 resnet10t wide_resnet34_10 preact_resnet18 mobilenetv3_large_100 efficientnet_b0 densenet121
+          vgg11_bn mixer_s32_224 deit_tiny_patch16_224'''.split()
+NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 def one_batch(bs=4, size=32):
     "Loaders of a single random batch"
@@ -39,7 +41,7 @@ def test_train_step_as_adversarial_model(name):
     l_tp = learn.recorder.values[-1][learn.recorder.metric_names.index('l_tp') - 1]
     assert l_tp > 0 and torch.isfinite(torch.tensor(l_tp))
 
-@pytest.mark.parametrize('name', ['resnet18', 'mobilenetv3_small_100', 'vit_tiny_patch16_224'])
+@pytest.mark.parametrize('name', ['mobilenetv3_small_100', 'vit_tiny_patch16_224', pytest.param('resnet18', marks=pytest.mark.slow)])
 def test_train_step_as_standard_model(name):
     torch.manual_seed(0)
     standard = create_backbone(name, 10)
@@ -47,8 +49,10 @@ def test_train_step_as_standard_model(name):
     train_one_step(create_backbone('resnet10t_16', 10), TRAINCallback(standard, robust=TRADES(), attack=PGD(steps=1)), one_batch())
     assert changed(standard, before) > .9*len(before)
 
+@pytest.mark.slow
 def test_models_may_differ_in_everything_but_the_batch():
     "A ViT of 192 features beside a MobileNet of 1024, on 64-pixel images"
     dls = one_batch(size=64)
-    learn = train_one_step(create_backbone('mobilenetv3_small_100', 10, img_size=64), TRAINCallback('vit_tiny_patch16_224', attack=PGD(steps=1)), dls)
+    learn = train_one_step(create_backbone('mobilenetv3_small_100', 10, img_size=64),
+                           TRAINCallback('vit_tiny_patch16_224', attack=PGD(steps=1)), dls)
     assert learn.train_cb.standard_learner.model.settings['img_size'] == 64

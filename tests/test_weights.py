@@ -1,6 +1,5 @@
 "Weight perturbation against a loop as it was published, weight averaging against its formula, and that neither leaves anything behind"
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,16 +17,17 @@ from fastrain.training.callback import TRAINCallback
 from fastrain.core import seed_all
 from fastrain.models.features import logits_and_features
 from fastrain.pieces.losses import AT, MCA, TRADES, Natural, RobustLoss
-from fastrain.pieces.base import Views
+from fastrain.pieces.base import Step, Training, Views
 from fastrain.pieces.relations import topology_loss
 from fastrain.training.schedules import torch_sgd
-from fastrain.pieces.weights import AWP, EMA, Averaging, Perturbation, ascent, kept_buffers, move
+from fastrain.pieces.weights import AWP, EMA, Averaging, Perturbation, _ascent, _displace, _kept_buffers
 from test_resume import check
 
 losses = dict(at=AT, trades=TRADES)
 
 def learner(cb, main=None, double=False, cbs=(), bs=8, n=32, **kwargs):
-    learn = make_learner(digit_dls(n, bs, double=double), net(1) if main is None else main, [*([cb] if cb else []), *cbs], opt_func=torch_sgd, wd=5e-4, wd_bn_bias=True, **kwargs)
+    learn = make_learner(digit_dls(n, bs, double=double), net(1) if main is None else main, [*([cb] if cb else []), *cbs],
+                         opt_func=torch_sgd, wd=5e-4, wd_bn_bias=True, **kwargs)
     if double: learn.remove_cbs([learn.progress, learn.recorder]) # fastai's recorder takes float32 alone
     seed_all(0)
     return learn
@@ -63,7 +63,7 @@ def robust_terms(model, x, x_adv, y, robust):
     return F.cross_entropy(nat, y) + 6*F.kl_div(z.log_softmax(1), nat.softmax(1), reduction='batchmean'),features
 
 def published(robust, gamma, first, lam=0., n_epoch=2, lr=.05, proxy_lr=.01):
-    "The proxy of the paper: copied, stepped uphill by SGD, its difference normalised, added, and taken back after the step; from epoch `first` on"
+    "The proxy of the paper: copied, stepped uphill by SGD, its difference normalised, added, taken back after it; from epoch `first` on"
     dls,main,std = digit_dls(double=True),net(1).double().train(),net(2).double().train()
     opt,std_opt = (torch.optim.SGD(m.parameters(), lr, momentum=.9, weight_decay=5e-4) for m in (main, std))
     seed_all(0)
@@ -101,11 +101,15 @@ def run(robust, awp, lam=0., **kwargs):
     return fit(cb, net(1).double(), double=True, **kwargs)
 
 # perturbation, its gamma, and the first of two epochs that it is applied in
-settings = dict(default_at=('at', AWP(), .01, 0), default_trades=('trades', AWP(), .005, 1), large_at=('at', AWP(.1), .1, 0), large_trades=('trades', AWP(.1, 0), .1, 0),
+settings = dict(default_at=('at', AWP(), .01, 0), default_trades=('trades', AWP(), .005, 1), large_at=('at', AWP(.1), .1, 0),
+                large_trades=('trades', AWP(.1, 0), .1, 0),
                 late_at=('at', AWP(.1, 1, of=None), .1, 1), never=('at', AWP(.1, 2, of=None), .1, 2))
 
-@pytest.mark.parametrize('lam', [0., 5.])
-@pytest.mark.parametrize('name', settings)
+together = { # all of them, and each λ
+    'default_at': 5., 'default_trades': 5., 'large_at': 0., 'large_trades': 5., 'late_at': 0., 'never': 5.}
+every = [pytest.param(name, lam, marks=() if together[name] == lam else pytest.mark.slow) for name in settings for lam in (0., 5.)]
+
+@pytest.mark.parametrize('name, lam', every)
 def test_equals_the_published_loop(name, lam):
     robust,awp,gamma,first = settings[name]
     main,std = published(robust, gamma, first, lam)
@@ -114,18 +118,25 @@ def test_equals_the_published_loop(name, lam):
     if lam: assert same(snapshot(learn.train_cb.standard_learner.model), snapshot(std))
 
 def test_loops_differ(): # or the tolerance above would be too wide
-    states = [snapshot(published(r, gamma, first, lam)[0])['fc.weight'] for r,gamma,first,lam in (('at', 0., 0, 0.), ('at', .01, 0, 0.), ('at', .1, 0, 0.), ('at', .1, 1, 0.), ('at', .1, 0, 5.), ('trades', .1, 0, 0.), ('trades', .1, 1, 0.))]
+    states = [snapshot(published(r, gamma, first, lam)[0])['fc.weight'] for r,gamma,first,
+              lam in (('at', 0., 0, 0.), ('at', .01, 0, 0.), ('at', .1, 0, 0.), ('at', .1, 1, 0.), ('at', .1, 0, 5.),
+                      ('trades', .1, 0, 0.), ('trades', .1, 1, 0.))]
     assert min((a - b).abs().max() for i,a in enumerate(states) for b in states[:i]) > 1e-4
 
 def test_learning_rate_of_the_proxy_is_irrelevant(): close(*(snapshot(published('at', .1, 0, proxy_lr=lr)[0]) for lr in (.01, 1.)))
 
-@pytest.mark.parametrize('n_epoch, awp, robust, first', [(4, AWP(), AT(), 0), (40, AWP(), TRADES(), 2), (200, AWP(), TRADES(), 10), (20, AWP(), TRADES(), 1), (10, AWP(), TRADES(), 1), (1, AWP(), TRADES(), None),
-    (4, AWP(warmup=100), AT(), 2), (4, AWP(warmup=2, of=None), AT(), 2), (4, AWP(warmup=4, of=None), AT(), None), (3, AWP(warmup=0), TRADES(), 0)])
+@pytest.mark.parametrize('n_epoch, awp, robust, first', [(4, AWP(), AT(), 0), (40, AWP(), TRADES(), 2), (200, AWP(), TRADES(), 10),
+                                                         (20, AWP(), TRADES(), 1), (10, AWP(), TRADES(), 1), (1, AWP(), TRADES(), None),
+    (4, AWP(warmup=100), AT(), 2), (4, AWP(warmup=2, of=None), AT(), 2), (4, AWP(warmup=4, of=None), AT(), None),
+    (3, AWP(warmup=0), TRADES(), 0)])
 def test_warmup(n_epoch, awp, robust, first, monkeypatch):
-    moved,cb = [],SimpleNamespace(robust=robust, learn=SimpleNamespace(model=net()))
-    monkeypatch.setattr('fastrain.pieces.weights.ascent', lambda *args: moved.append(epoch) or {})
-    awp.setup(cb)
-    for epoch in range(n_epoch): awp.perturb(cb, Views(None, None, epoch=epoch, epochs=n_epoch))
+    moved = []
+    def note(*args):
+        moved.append(epoch)
+        return {}
+    monkeypatch.setattr('fastrain.pieces.weights._ascent', note)
+    awp.setup(Training(net(), robust=robust))
+    for epoch in range(n_epoch): awp.perturb(Step(net(), Views(None, None, epoch=epoch, epochs=n_epoch), robust))
     assert moved == list(range(n_epoch if first is None else first, n_epoch))
 
 @pytest.mark.parametrize('robust', losses)
@@ -150,7 +161,8 @@ def test_where_the_weights_are():
     for between in (*train[::3], *valid, params(learn.model)): close(start, between, 1e-6)
     for moved in (*train[1::3], *train[2::3]):
         for n,p in start.items():
-            if n in ('conv1.weight', 'conv2.weight', 'fc.weight'): assert (moved[n] - p).norm().item() == pytest.approx(.1*p.norm().item(), rel=1e-3)
+            if n in ('conv1.weight', 'conv2.weight', 'fc.weight'):
+                assert (moved[n] - p).norm().item() == pytest.approx(.1*p.norm().item(), rel=1e-3)
             else: assert torch.equal(moved[n], p)
 
 def test_attack_sees_the_weights_in_place():
@@ -206,7 +218,7 @@ class Odd(Net):
 
 def test_only_weights_with_a_gradient():
     model,(x,y) = Odd(),digits('train', 8)
-    d = ascent(model, lambda: F.cross_entropy(model(x), y), .1)
+    d = _ascent(model, lambda: F.cross_entropy(model(x), y), .1)
     assert list(d) == ['conv2.weight', 'fc.weight'] and all(p.grad is None for p in model.parameters())
     before = params(model)
     learn = fit(TRAINCallback(None, attack=quick(), perturb=AWP(.1)), model)
@@ -216,27 +228,27 @@ def test_only_weights_with_a_gradient():
 def test_layer_without_slope_stays():
     model,(x,y) = net(1, bn=False),digits('train', 8)
     model.conv2.bias.data.fill_(-1e3) # nothing passes its ReLU
-    d = ascent(model, lambda: F.cross_entropy(model(x), y), .1)
+    d = _ascent(model, lambda: F.cross_entropy(model(x), y), .1)
     assert not d['conv1.weight'].any() and not d['conv2.weight'].any() and all(t.isfinite().all() for t in d.values())
 
 def test_ascent_goes_uphill():
     model,(x,y) = net(1).double(),digits('train', 16)
     loss = lambda: F.cross_entropy(model(x.double()), y)
     before,values = snapshot(model),[loss().item()]
-    d = ascent(model, loss, .02)
+    d = _ascent(model, loss, .02)
     for sign in (1, -2):
-        move(model, d, sign)
+        _displace(model, d, sign)
         values.append(loss().item())
     assert values[2] < values[0] < values[1]
-    move(model, d)
+    _displace(model, d)
     close(params(model), {k: before[k] for k in params(model)}, 1e-14)
 
 def test_kept_buffers():
     model,(x,_) = net(1),digits('train', 8)
     before = snapshot(model)
-    with kept_buffers(model): model(x)
+    with _kept_buffers(model): model(x)
     assert same(before, snapshot(model))
-    with pytest.raises(RuntimeError), kept_buffers(model):
+    with pytest.raises(RuntimeError), _kept_buffers(model):
         model(x)
         raise RuntimeError
     assert same(before, snapshot(model))
@@ -250,7 +262,8 @@ def test_gradient_is_left_alone():
     awp = AWP(.1)
     def look(learn):
         if awp._moved and learn.iter == 1: keep(learn)
-    fit(TRAINCallback(None, attack=quick(), perturb=awp), n_epoch=1, cbs=[GradientAccumulation(16), Call('after_cancel_batch', keep, 90, 'a'), Call('after_pred', look, 90, 'b')])
+    fit(TRAINCallback(None, attack=quick(), perturb=awp), n_epoch=1,
+        cbs=[GradientAccumulation(16), Call('after_cancel_batch', keep, 90, 'a'), Call('after_pred', look, 90, 'b')])
     assert torch.equal(grads[0], grads[1]) and grads[0].any()
 
 # --- batches without a step, and interrupts
@@ -259,7 +272,8 @@ def test_accumulation():
     "Weights return after each batch, of a step or not"
     seen,steps = [],[]
     def keep(learn): seen.append(params(learn.model))
-    cbs = [GradientAccumulation(16), Call('before_batch', keep, -90, 'a'), Call('after_batch', keep, 90, 'b'), Call('after_step', lambda l: steps.append(1), 90, 'c')]
+    cbs = [GradientAccumulation(16), Call('before_batch', keep, -90, 'a'), Call('after_batch', keep, 90, 'b'),
+           Call('after_step', lambda l: steps.append(1), 90, 'c')]
     learn = fit(TRAINCallback(None, attack=quick(), perturb=AWP(.1)), net(1).double(), double=True, cbs=cbs, n_epoch=1)
     train = seen[:8]
     assert len(steps) == 2
@@ -282,7 +296,8 @@ def until(n):
     "Weights after `n` batches"
     def stop(learn):
         if learn.training and learn.iter == n: raise CancelFitException
-    return params(fit(TRAINCallback(None, attack=quick(), perturb=AWP(.1)), net(1).double(), double=True, cbs=[Call('before_batch', stop, -90)]).model)
+    return params(fit(TRAINCallback(None, attack=quick(), perturb=AWP(.1)), net(1).double(), double=True,
+                      cbs=[Call('before_batch', stop, -90)]).model)
 
 @pytest.mark.parametrize('event', ['after_pred', 'after_loss', 'before_step'])
 def test_interrupted_and_fitted_again(event):
@@ -306,7 +321,8 @@ def test_interrupted_and_validated(event):
 def test_interrupted_and_removed():
     "Where `fit` brought the callback and took it away"
     learn = learner(None, net(1).double(), double=True)
-    with pytest.raises(KeyboardInterrupt): quietly(learn, 1, .05, cbs=[TRAINCallback(None, attack=quick(), perturb=AWP(.1)), stop_at('after_loss', KeyboardInterrupt)])
+    with pytest.raises(KeyboardInterrupt):
+        quietly(learn, 1, .05, cbs=[TRAINCallback(None, attack=quick(), perturb=AWP(.1)), stop_at('after_loss', KeyboardInterrupt)])
     close(until(2), params(learn.model), 1e-13)
 
 @pytest.mark.parametrize('exc', [CancelFitException, CancelTrainException])
@@ -321,11 +337,14 @@ def test_lr_find():
     learn = learner(cb)
     before = snapshot(learn.model)
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=6, show_plot=False)
-    assert same(before, snapshot(learn.model)) and same(dict(before), dict(snapshot(cb.average.model))) and cb.average.state_dict()['steps'] == 0
+    assert same(before, snapshot(learn.model)) and same(dict(before), dict(snapshot(cb.average.model)))
+    assert cb.average.state_dict()['steps'] == 0
     a = quietly(learn, 1, .05)
     assert not same(before, snapshot(a.model))
 
-@pytest.mark.parametrize('kwargs, match', [(dict(gamma=-1), 'gamma=-1'), (dict(gamma=float('nan')), 'gamma=nan'), (dict(gamma=float('inf')), 'gamma=inf'), (dict(warmup=-1), 'warmup=-1'), (dict(warmup=float('nan')), 'warmup=nan')])
+@pytest.mark.parametrize('kwargs, match', [(dict(gamma=-1), 'gamma=-1'), (dict(gamma=float('nan')), 'gamma=nan'),
+                                           (dict(gamma=float('inf')), 'gamma=inf'), (dict(warmup=-1), 'warmup=-1'),
+                                           (dict(warmup=float('nan')), 'warmup=nan')])
 def test_bad_perturbation(kwargs, match):
     with pytest.raises(ValueError, match=match): AWP(**kwargs)
 
@@ -351,7 +370,9 @@ def test_average_equals_the_formula(decay, warmup):
     assert len(states) == 12
     want = reference_ema(snapshot(net(1).double()), states, decay, warmup)
     close(want, snapshot(average.model), 1e-12)
-    if decay: assert (want['bn1.running_mean'] - states[-1]['bn1.running_mean']).abs().max() > 1e-4 and (want['fc.weight'] - states[-1]['fc.weight']).abs().max() > 1e-4
+    if decay:
+        assert (want['bn1.running_mean'] - states[-1]['bn1.running_mean']).abs().max() > 1e-4
+        assert (want['fc.weight'] - states[-1]['fc.weight']).abs().max() > 1e-4
     else: assert same(dict(snapshot(average.model)), dict(states[-1]))
 
 def test_average_of_steps_not_of_batches():
@@ -368,7 +389,8 @@ def test_average_of_weights_in_place():
 
 @pytest.mark.parametrize('robust', losses)
 def test_raw_weights_are_those_without(robust):
-    a,b = (fit(TRAINCallback(net(2), robust=losses[robust](), attack=quick(), average=average), net(1, drop=.3)) for average in (EMA(), None))
+    a,b = (fit(TRAINCallback(net(2), robust=losses[robust](), attack=quick(), average=average), net(1, drop=.3))
+           for average in (EMA(), None))
     assert same(snapshot(a.model), snapshot(b.model)) and same(a.opt.state_dict()['state'], b.opt.state_dict()['state'])
     assert same(snapshot(a.train_cb.standard_learner.model), snapshot(b.train_cb.standard_learner.model))
 
@@ -400,7 +422,7 @@ def with_ema(): return TRAINCallback(None, attack=quick(), average=EMA(.9))
 def with_all(): return TRAINCallback(net(2, drop=.2), robust=TRADES(), attack=quick(), perturb=AWP(.1), average=EMA(.9))
 def with_queue(): return TRAINCallback(None, robust=MCA(queue=50), attack=quick(), perturb=AWP(.1))
 
-@pytest.mark.parametrize('cb', [with_ema, with_all, with_queue])
+@pytest.mark.parametrize('cb', [with_all, with_queue, pytest.param(with_ema, marks=pytest.mark.slow)])
 def test_resumed(tmp_path, cb):
     whole,parts = check(tmp_path, cb, opt_func=Adam)
     a,b = (learn.train_cb.state_dict()['pieces'] for learn in (whole, parts))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['check_logits', 'check_not_probabilities', 'check_ball', 'Finding', 'sanity_checks', 'has_gradient']
 
-# %% ../../nbs/attacks/checks.ipynb #0c25d0a7
+# %% ../../nbs/attacks/checks.ipynb #d0fc19f9
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from .pgd import PGD, norms
 from ..core import eval_mode, fork_rng, upcast
 
-# %% ../../nbs/attacks/checks.ipynb #1c732fa8
+# %% ../../nbs/attacks/checks.ipynb #ac6f6439
 def check_logits(
     logits, # What a model returned for N images
     n:int, # N
@@ -23,18 +24,24 @@ def check_logits(
 ) -> Tensor: # The same, at least in float32
     "An error unless they are finite logits (N,C)"
     if not isinstance(logits, Tensor):
-        raise ValueError(f'The model returns a {type(logits).__name__}, expected a tensor of logits (N,C). Wrap it in a module whose forward returns only the logits')
-    if logits.ndim != 2 or len(logits) != n: raise ValueError(f'The model returns shape {tuple(logits.shape)} for {n} images; expected logits (N,C)')
-    if logits.shape[1] < 2: raise ValueError('The model has one output; expected a logit for each class, at least two')
-    if not logits.isfinite().all(): raise FloatingPointError(f'The logits of the model are not finite under {name}: no accuracy can be measured')
+        raise ValueError(f'The model returns a {type(logits).__name__}, expected a tensor of logits (N,C). '
+                         'Wrap it in a module whose forward returns only the logits')
+    if logits.ndim != 2 or len(logits) != n:
+        raise ValueError(f'The model returns shape {tuple(logits.shape)} for {n} images; expected logits (N,C)')
+    if logits.shape[1] < 2:
+        raise ValueError('The model has one output; expected a logit for each class, at least two')
+    if not logits.isfinite().all():
+        raise FloatingPointError(f'The logits of the model are not finite under {name}: no accuracy can be measured')
     return upcast(logits)
 
 def check_not_probabilities(
     logits:Tensor # (N,C)
 ):
     "An error if they are probabilities: attacks on those meet vanishing gradients, and look weak"
-    if logits.min() >= 0 and logits.max() <= 1 and (logits.sum(1) - 1).abs().max() < 1e-4:
-        raise ValueError('The model returns probabilities, expected logits. Leave its softmax out: the gradients that attacks need vanish in it')
+    shares = logits.min() >= 0 and logits.max() <= 1
+    if shares and (logits.sum(1) - 1).abs().max() < 1e-4:
+        raise ValueError('The model returns probabilities, expected logits. Leave its softmax out: '
+                         'the gradients that attacks need vanish in it')
 
 def check_ball(
     x_adv:Tensor, # (N,...) adversarial images
@@ -44,12 +51,16 @@ def check_ball(
     tol:float=1e-5 # Rounding that is let pass
 ):
     "An error if an attack left its ball, the range of images or their shape"
-    if x_adv.shape != x.shape: raise ValueError(f'The attack returned images of shape {tuple(x_adv.shape)} for {tuple(x.shape)}')
-    if not x_adv.isfinite().all() or x_adv.min() < clip[0] - tol or x_adv.max() > clip[1] + tol: raise ValueError(f'The attack returned pixels outside {clip}')
-    if hasattr(attack, 'eps') and (size := norms[attack.norm].size(x_adv - x).max().item()) > attack.eps*(1 + 1e-4) + tol:
+    if x_adv.shape != x.shape:
+        raise ValueError(f'The attack returned images of shape {tuple(x_adv.shape)} for {tuple(x.shape)}')
+    if not x_adv.isfinite().all() or x_adv.min() < clip[0] - tol or x_adv.max() > clip[1] + tol:
+        raise ValueError(f'The attack returned pixels outside {clip}')
+    if not hasattr(attack, 'eps'): return
+    size = norms[attack.norm].size(x_adv - x).max().item()
+    if size > attack.eps*(1 + 1e-4) + tol:
         raise ValueError(f'The attack changed an image by {size:.5g}, which is more than its ε = {attack.eps:.5g}')
 
-# %% ../../nbs/attacks/checks.ipynb #a941244e
+# %% ../../nbs/attacks/checks.ipynb #3a626592
 class Finding(NamedTuple):
     "A sign that an attack fails for another reason than robustness"
     name:str
@@ -69,42 +80,70 @@ def sanity_checks(
 ) -> list: # `Finding`s; empty is well
     "Signs of masked gradients, by a few short attacks"
     with eval_mode(model), fork_rng(seed):
-        found = [*_answers(model, x), *_gradients(model, x, y)]
-        if any('no gradient' in f.text for f in found): return found
-        return [*found, *_order(model, x, y, eps, norm, source, steps, max(2, slack*len(x)))]
+        found = list(_answers(model, x))
+        if not has_gradient(model, x[:1]):
+            return [*found, Finding('zero gradients', 'the model passes no gradient to its images at all')]
+        found += _gradients(model, x, y)
+        found += _order(model, x, y, eps, norm, source, steps, max(2, slack*len(x)))
+    return found
 
+# %% ../../nbs/attacks/checks.ipynb #581d9da0
 @torch.no_grad()
 def _answers(model, x):
-    a,b = upcast(model(x)),upcast(model(x))
-    gap,same = (a - b).abs().max().item(),(a.argmax(1) == b.argmax(1)).sum().item()
-    if gap > 1e-3*max(1., a.abs().max().item()): yield Finding('randomised', f'the same images give logits that differ by up to {gap:.2g}, and the same class for {same} of {len(x)}')
+    a = upcast(model(x))
+    b = upcast(model(x))
+    gap = (a - b).abs().max().item()
+    same = (a.argmax(1) == b.argmax(1)).sum().item()
+    if gap > 1e-3*max(1., a.abs().max().item()):
+        yield Finding('randomised', f'the same images give logits that differ by up to {gap:.2g}, '
+                                    f'and the same class for {same} of {len(x)}')
 
 def has_gradient(model, x) -> bool:
     "Does the model pass a gradient to its images?"
     z = x.detach().clone().requires_grad_()
     with torch.enable_grad(): total = upcast(model(z)).sum()
-    return total.requires_grad and torch.autograd.grad(total, z, allow_unused=True)[0] is not None
+    if not total.requires_grad: return False
+    grad, = torch.autograd.grad(total, z, allow_unused=True)
+    return grad is not None
 
 def _gradients(model, x, y):
-    if not has_gradient(model, x[:1]):
-        yield Finding('zero gradients', 'the model passes no gradient to its images at all')
-        return
     z = x.detach().clone().requires_grad_()
-    with torch.enable_grad(): grad, = torch.autograd.grad(F.cross_entropy(upcast(model(z)), y, reduction='sum'), z)
-    zero,bad = (int(b.sum()) for b in ((grad.flatten(1) == 0).all(1), ~grad.flatten(1).isfinite().all(1)))
-    if zero: yield Finding('zero gradients', f'for {zero} of {len(x)} images the gradient of the cross-entropy is exactly zero')
-    if bad: yield Finding('non-finite gradients', f'for {bad} of {len(x)} images the gradient of the cross-entropy is not finite')
+    with torch.enable_grad():
+        loss = F.cross_entropy(upcast(model(z)), y, reduction='sum')
+        grad = torch.autograd.grad(loss, z)[0].flatten(1)
+    zero = int((grad == 0).all(1).sum())
+    bad = int((~grad.isfinite().all(1)).sum())
+    text = f'of {len(x)} images the gradient of the cross-entropy is'
+    if zero: yield Finding('zero gradients', f'for {zero} {text} exactly zero')
+    if bad: yield Finding('non-finite gradients', f'for {bad} {text} not finite')
 
+# %% ../../nbs/attacks/checks.ipynb #0ed61bab
 def _order(model, x, y, eps, norm, source, steps, slack):
-    pgd = lambda e, n=steps, at=model, a=.25: _right(model, PGD(e, a*e, n, norm=norm)(at, x, y), y)
-    huge = .5*(x[0].numel()**.5 if norm == 'l2' else 1)
-    n,base = len(x),pgd(eps)
-    noise,one,twice,most = pgd(eps, 0),pgd(eps, 1, a=1),pgd(min(2*eps, huge)),pgd(max(huge, eps))
-    if noise < base - slack: yield Finding('random noise', f'{noise} of {n} images survive noise of the same size, {base} survive PGD-{steps}')
-    if one < base - slack: yield Finding('more steps', f'{one} of {n} images survive one step, {base} survive PGD-{steps}')
-    if twice > base + slack: yield Finding('larger eps', f'{twice} of {n} images survive PGD-{steps} with twice the ε, {base} with ε')
-    if most > max(slack, .05*n): yield Finding('large eps', f'{most} of {n} images survive PGD-{steps} with ε = {max(huge, eps):.3g}, where none can')
-    if source is not None and (moved := pgd(eps, at=source)) < base - slack: yield Finding('transfer', f'{moved} of {n} images survive PGD-{steps} on another model, {base} survive it on this one')
+    def survive(eps, steps=steps, step=.25, of=model):
+        "How many images PGD on the model `of` leaves right"
+        x_adv = PGD(eps, step*eps, steps, norm=norm)(of, x, y)
+        return _right(model, x_adv, y)
+
+    grey = .5*math.sqrt(x[0].numel()) if norm == 'l2' else .5 # turns any image into grey
+    huge = max(grey, eps)
+    base = survive(eps)
+    noise = survive(eps, 0)
+    one = survive(eps, 1, step=1)
+    twice = survive(min(2*eps, grey))
+    most = survive(huge)
+    of,pgd = f'of {len(x)} images survive',f'PGD-{steps}'
+    if noise < base - slack:
+        yield Finding('random noise', f'{noise} {of} noise of the same size, {base} survive {pgd}')
+    if one < base - slack:
+        yield Finding('more steps', f'{one} {of} one step, {base} survive {pgd}')
+    if twice > base + slack:
+        yield Finding('larger eps', f'{twice} {of} {pgd} with twice the ε, {base} with ε')
+    if most > max(slack, .05*len(x)):
+        yield Finding('large eps', f'{most} {of} {pgd} with ε = {huge:.3g}, where none can')
+    if source is None: return
+    transferred = survive(eps, of=source)
+    if transferred < base - slack:
+        yield Finding('transfer', f'{transferred} {of} {pgd} on another model, {base} survive it on this one')
 
 @torch.no_grad()
 def _right(model, x, y): return int((model(x).argmax(1) == y).sum())

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from ..attacks.pgd import Plan, margin
-from ..core import Registered, eval_mode, lookup, upcast
-from .base import Piece, Views
+from ..core import Registered, check_number, eval_mode, lookup, upcast
+from .base import Piece, Step, Views
 
 # %% ../../nbs/pieces/strategies.ipynb #3ecff454
 class Strategy(Piece, Registered):
@@ -25,33 +25,34 @@ class Strategy(Piece, Registered):
         attack # The attack, with its `eps`, `alpha` and `steps`
     ) -> Plan:
         "How this batch is to be attacked"
-    def attacked(self, cb, v:Views): "Called with the callback when the adversarial images `v.x_adv` are made"
-
-def _check(name, value, ok, expected):
-    if not ok: raise ValueError(f'{name}={value!r}: expected {expected}')
+    def attacked(self, step:Step): "Called when the adversarial images `step.views.x_adv` are made"
 
 # %% ../../nbs/pieces/strategies.ipynb #e8754d29
 class FAT(Strategy):
     "Friendly adversarial training: an image stops when it is found misclassified for the (τ+1)-th time"
     key,paper = 'fat','Zhang et al., ICML 2020'
-    published = dict(at=((50,90), 120, .001), trades=((30,50,70), 85, 0.), mart=((20,40,60,80), 90, 0.)) # breaks, of and noise by the robust loss
+    published = dict( # breaks, of and noise by the robust loss
+        at=((50,90), 120, .001), trades=((30,50,70), 85, 0.), mart=((20,40,60,80), 90, 0.))
     def __init__(self,
-        breaks:tuple=None, # Full epochs after which τ grows by one, from 0; None: as published with the robust loss. `()` keeps τ = 0, and `(0,)*k` keeps τ = k
-        of:int=None, # Length of the training that `breaks` count in; None: the published one with published breaks, and with breaks of your own the epochs of this training
-        noise:float=None # ω, standard deviation of the noise on each step, in units of the images; None: as published, 0.001 with AT and 0 with TRADES and MART
+        breaks:tuple=None, # Full epochs after which τ grows by one, from 0; None: as published. `()` keeps τ = 0, and `(0,)*k` keeps τ = k
+        of:int=None, # Length of the training that `breaks` count in; None: as published, or with breaks of your own, of this one
+        noise:float=None # ω, standard deviation of the noise on each step, in units of the images; None: as published, 0.001 (at) or 0
     ):
-        _check('breaks', breaks, breaks is None or isinstance(breaks, (tuple, list)) and all(b >= 0 for b in breaks), 'full epochs ≥ 0 such as (50,90)')
-        _check('of', of, of is None or of > 0, 'a number of epochs > 0')
-        _check('noise', noise, noise is None or 0 <= noise < math.inf, 'a standard deviation ≥ 0')
+        if breaks is not None and not (isinstance(breaks, (tuple, list)) and all(b >= 0 for b in breaks)):
+            raise ValueError(f'breaks={breaks!r}: expected full epochs ≥ 0 such as (50,90)')
+        if of is not None: check_number('of', of, above=0, what='number of epochs')
+        if noise is not None: check_number('noise', noise, at_least=0, what='standard deviation')
         self.breaks,self.of,self.noise = breaks,of,noise
-        self._publish('at')
+        self._use('at')
 
-    def _publish(self, robust):
+    def _use(self, robust):
+        "Take what is not given from what was published with the robust loss"
         breaks,of,noise = self.published.get(robust, self.published['at'])
-        self._breaks,self._of = (breaks, self.of or of) if self.breaks is None else (self.breaks, self.of)
+        self._breaks = breaks if self.breaks is None else self.breaks
+        self._of = self.of or of if self.breaks is None else self.of
         self._noise = noise if self.noise is None else self.noise
 
-    def setup(self, cb): self._publish(cb.robust.key)
+    def setup(self, training): self._use(training.robust.key)
 
     def tau(self, v:Views) -> int:
         "τ, the steps that a misclassified image still takes"
@@ -70,7 +71,8 @@ class FAT(Strategy):
 class SAT(Strategy):
     "Curriculum on difficulty: an image stops once its softmax gap exceeds a threshold that grows during training"
     key,paper = 'sat','Sitawarin et al., AISec 2021'
-    approximate = 'thresholds and schedule are those of the authors\' example for CIFAR-10; those behind the published results are not known'
+    approximate = ("thresholds and schedule are those of the authors' example for CIFAR-10; "
+                   'those behind the published results are not known')
     published = dict(linear=(30, 70), steps=(40, 80)) # first and last by the shape
     def __init__(self,
         start:float=0., # Threshold of the softmax gap at first, in [-1,1]; 0 is the decision boundary, and with 1 no image ever stops
@@ -80,13 +82,15 @@ class SAT(Strategy):
         of:int=100, # Length of the training that `first` and `last` count in; None: epochs of this one
         shape:str='linear' # 'linear', or 'steps': three equal jumps, at `first`, midway and at `last`
     ):
-        published = lookup(shape, self.published, 'shape')
-        first,last = (p if given is None else given for given,p in zip((first, last), published))
-        for name,gap in (('start', start), ('end', end)): _check(name, gap, -1 <= gap <= 1, 'a softmax gap in [-1,1]')
-        _check('first', first, first >= 0, 'full epochs ≥ 0')
-        _check('last', last, last > first, f'more than first={first}')
-        _check('of', of, of is None or of > 0, 'a number of epochs > 0')
-        self.start,self.end,self.first,self.last,self.of,self.shape = float(start),float(end),first,last,of,shape
+        published_first,published_last = lookup(shape, self.published, 'shape')
+        self.start = check_number('start', start, at_least=-1, at_most=1, what='softmax gap')
+        self.end = check_number('end', end, at_least=-1, at_most=1, what='softmax gap')
+        self.first = published_first if first is None else first
+        self.last = published_last if last is None else last
+        check_number('first', self.first, at_least=0, what='number of full epochs')
+        if not self.last > self.first: raise ValueError(f'last={self.last!r}: expected more than first={self.first}')
+        if of is not None: check_number('of', of, above=0, what='number of epochs')
+        self.of,self.shape = of,shape
 
     def threshold(self, v:Views) -> float:
         "The softmax gap that images may reach, constant within an epoch"
@@ -96,9 +100,15 @@ class SAT(Strategy):
 
     def plan(self, model, v, attack):
         threshold = self.threshold(v)
-        return Plan(moves=lambda step, logits, at: margin(logits.softmax(1), v.y[at]) <= threshold)
+        def moves(step, logits, at): return margin(logits.softmax(1), v.y[at]) <= threshold
+        return Plan(moves=moves)
 
 # %% ../../nbs/pieces/strategies.ipynb #4dbc0288
+def _relative_entropy(model, x):
+    "Entropy of the predictions of `model` in eval mode, as a fraction of the largest one, ln C"
+    with eval_mode(model), torch.no_grad(): log_p = F.log_softmax(upcast(model(x)), dim=1)
+    return -(log_p.exp()*log_p).sum(1)/math.log(log_p.shape[1])
+
 class ECAS(Strategy):
     "Entropy-guided cyclical sizes: small balls for images that the model knows nothing of, large ones for those it is sure of"
     key,paper,robust = 'ecas','Kuurila-Zhang et al., BMVC 2023','at:confidence=.7'
@@ -108,19 +118,21 @@ class ECAS(Strategy):
         trades=(range(5,10), range(8,10),  3.35/math.log(100), .995),
         awp   =(range(6,16), range(13,16), 3.35/math.log(100), .995))
     def __init__(self,
-        variant:str=None # 'at', 'trades' or 'awp' (to be combined with the weight perturbation); None: by the robust loss, 'at' for those not named here
+        variant:str=None # 'at', 'trades' or 'awp' (to be combined with the weight perturbation); None: by the robust loss, else 'at'
     ):
         if variant is not None: lookup(variant, self.variants, 'variant of ECAS')
         self.variant,self._variant = variant,variant or 'at'
 
-    def setup(self, cb):
-        if self.variant is None: self._variant = cb.robust.key if cb.robust.key in self.variants else 'at'
+    def setup(self, training):
+        if self.variant is None: self._variant = training.robust.key if training.robust.key in self.variants else 'at'
 
     def plan(self, model, v, attack):
         sizes,large,low,high = self.variants[self._variant]
-        unit,now,most = attack.eps/8,sizes[v.epoch % len(sizes)],large[torch.randint(len(large), ())]
-        with eval_mode(model), torch.no_grad(): log_p = F.log_softmax(upcast(model(v.x)), dim=1)
-        entropy = -(log_p.exp()*log_p).sum(1)/math.log(log_p.shape[1])
+        unit = attack.eps/8
+        now = sizes[v.epoch % len(sizes)]
+        most = large[torch.randint(len(large), ())]
+        entropy = _relative_entropy(model, v.x)
         eps = unit*torch.full_like(entropy, now).masked_fill(entropy < low, most).masked_fill(entropy > high, sizes[0])
+        alpha = torch.full_like(eps, 2*unit*now/max(attack.steps, 1))
         fixed = attack.eps if self._variant == 'awp' else None
-        return Plan(eps=eps, alpha=torch.full_like(eps, 2*unit*now/max(attack.steps, 1)), start_eps=fixed, clamp=fixed)
+        return Plan(eps=eps, alpha=alpha, start_eps=fixed, clamp=fixed)
