@@ -23,8 +23,8 @@ from fastrain.runs.recipe import make_recipe, recipe_callback, recipe_dls, recip
 from fastrain.pieces.relations import LBGAT, Topology
 from fastrain.evaluation.tables import results_table
 from fastrain.runs.evaluate import evaluate_run
-from fastrain.runs.folder import has_average, load_run_model, method_folder, read_run
-from fastrain.runs.run import add_methods, resume_run, train_run
+from fastrain.runs.run import Run, load_run_model, method_folder, read_run
+from fastrain.runs.train import resume_run, train_run
 from fastrain.training.schedules import torch_sgd
 from fastrain.training.standard import CoTrained, FitInput, Frozen, StandardPolicy, is_trained, trained_standard
 
@@ -427,13 +427,13 @@ def test_duplicates(tmp_path, copied):
         with pytest.raises(ValueError, match='are the same method'): train_run(tmp_path/'new', tiny(), methods, 'cpu')
     assert not (tmp_path/'new').exists()
     settings = (copied/'settings.json').read_bytes()
-    with pytest.raises(ValueError, match='are the same method'): add_methods(copied, ['trades', 'TRADES*'])
+    with pytest.raises(ValueError, match='are the same method'): Run(copied).add(['trades', 'TRADES*'])
     assert (copied/'settings.json').read_bytes() == settings
-    assert add_methods(copied, ['at+train', 'standard'])[1] == ['standard', 'at+ema', 'at+train']
+    assert Run(copied).add(['at+train', 'standard']).methods == ['standard', 'at+ema', 'at+train']
 
 @pytest.mark.parametrize('method', ['Vanilla AT + TRAIN', 'AT+EMA', 'Standard*'])
 def test_same_method_by_another_name_is_not_added(copied, method):
-    try: add_methods(copied, [method])
+    try: Run(copied).add([method])
     except ValueError: pass
     assert read_run(copied)[1] == ['standard', 'at+ema', 'at+train']
 
@@ -455,7 +455,7 @@ def test_folders():
 
 def test_averaged_weights(run, dls):
     "Are evaluated in a row of their own"
-    assert has_average(run, 'at+ema') and not has_average(run, 'at+train') and not has_average(run, 'standard')
+    assert Run(run).has_average('at+ema') and not Run(run).has_average('at+train') and not Run(run).has_average('standard')
     model,epoch = load_run_model(run, 'at+ema', 'average')
     state = load_tensors(method_folder(run, 'at+ema')/'last.pt')
     assert epoch == 1 and not model.training
