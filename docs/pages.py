@@ -97,7 +97,8 @@ class Page:
     def _documented(self, name):
         "What stands for a `show_doc` cell: autodoc's directive"
         o = self._object(name)
-        full = f'{inspect.unwrap(o).__module__}.{name}' if not isinstance(o, property) else f'{self.module}.{name}'
+        home = self._object(name.split('.')[0]) # methods are where their class is
+        full = f'{inspect.unwrap(home).__module__}.{name}'
         kind = 'class' if inspect.isclass(o) else 'property' if isinstance(o, property) else 'method' if '.' in name else 'function'
         options = ['   :members:', '   :exclude-members: ' + ', '.join(self._own_cells(name))] if kind == 'class' else []
         if name in self._shown: options.append('   :no-index:')
@@ -227,7 +228,7 @@ def cell(text): return text.replace('|', '\\|').replace('<', '&lt;').replace('*'
 
 def commands_page():
     "Every option of every command, from the same source as `--help`"
-    from fastrain.cli import commands
+    from fastrain.cli import _commands as commands
     lines = ['# Command line', '', 'The options as `fastrain COMMAND --help` shows them.', '']
     for name,function in commands.items():
         parser = anno_parser(function, prog=f'fastrain {name}')
@@ -237,7 +238,7 @@ def commands_page():
 
 def option(action):
     if action.dest in ('help', 'pdb', 'xtra'): return ''
-    words = re.sub(r'([\\*_|`<>])', r'\\\1', (action.help or '').replace('%%', '%').removesuffix(' (default: False)'))
+    words = re.sub(r'([\\*_|`<>])', r'\\\1', ' '.join((action.help or '').split()).replace('%%', '%').removesuffix(' (default: False)'))
     words = re.sub(r'\\`(.+?)\\`', lambda m: '``' + re.sub(r'\\(.)', r'\1', m[1]) + '``', words)
     names = [*action.option_strings[-1:], *([] if action.nargs == 0 else [action.dest.upper()])]
     return f'.. option:: {" ".join(names)}\n\n   {words}\n'
