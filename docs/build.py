@@ -72,7 +72,8 @@ def unnamed(found):
 def stale_messages():
     "Messages on the page of questions that the code does not have; `…` there stands for any value"
     shown = re.findall(r':class: message\n(.*?)\n```', (pages.docs/'questions.md').read_text(encoding='utf-8'), re.S)
-    known = [t for f in (pages.root/'fastrain').rglob('*.py') for t in texts(ast.parse(f.read_text(encoding='utf-8')))]
+    modules = (pages.root/'fastrain').rglob('*.py')
+    known = ['\n'.join(texts(ast.parse(f.read_text(encoding='utf-8')))) for f in modules] # a message may be put together from several
     parts = {s: [p.strip() for p in s.split('…') if len(p.strip()) > 5] for s in shown}
     return [s for s,ps in parts.items() if not any(all(p in t for p in ps) for t in known)]
 
