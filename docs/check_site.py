@@ -143,19 +143,23 @@ def click_through(reader):
     reader.expect(reader.here() in ('', 'index.html', '#', 'index.html#'), 'the first page was expected')
 
 def turn_dark(reader):
+    "By the button in the header, in the theme's versions with a menu and without"
     reader.open('training/schedules.html')
     ground = 'return getComputedStyle(document.body).backgroundColor'
-    reader.b.execute_script('document.documentElement.dataset.mode = "light"; document.documentElement.dataset.theme = "light"')
     light = reader.b.execute_script(ground)
-    for _ in range(3): # system, light, dark
-        button = [e for e in reader.b.find_elements(By.CSS_SELECTOR, 'button.theme-switch-button') if e.is_displayed()][0]
-        button.click()
+    for _ in range(3): # without a menu, a click goes on from the system's mode to light, and to dark
+        shown(reader, 'button.theme-switch-button')[0].click()
+        time.sleep(.5)
+        for entry in shown(reader, 'button.theme-change-button[data-mode=dark]'): entry.click()
         if reader.b.execute_script('return document.documentElement.dataset.mode') == 'dark': break
+    time.sleep(.5)
     theme = reader.b.execute_script('return document.documentElement.dataset.theme')
     reader.expect(theme == 'dark', f'the button turns the page {theme}, not dark')
-    time.sleep(.5)
     reader.expect(reader.b.execute_script(ground) != light, 'dark mode has the background of light mode')
     reader.look()
+    reader.b.execute_script('localStorage.clear()')
+
+def shown(reader, selector): return [e for e in reader.b.find_elements(By.CSS_SELECTOR, selector) if e.is_displayed()]
 
 def every_page(reader, width):
     reader.width(width)
@@ -174,6 +178,10 @@ def screenshots(reader, folder):
             reader.formulas()
             if kind == 'search': time.sleep(2)
             reader.picture(folder/f'{kind}-{width}.png')
+    for kind in ('first', 'module', 'results'): # and in the dark
+        reader.open(kinds[kind])
+        reader.b.execute_script('document.documentElement.dataset.mode = document.documentElement.dataset.theme = "dark"')
+        reader.picture(folder/f'{kind}-dark.png')
 
 
 def main():

@@ -27,6 +27,7 @@ copybutton_exclude = '.linenos, .gp, .go'
 templates_path = []
 exclude_patterns = [f'mathjax/{name}' for name in ('sre', '*-svg*', 'mml-*', '*-full*', 'node-main.js', 'output/svg*')] # not used
 
+html_context = dict(default_mode='auto') # light or dark, as the reader's system is
 html_theme = 'pydata_sphinx_theme'
 html_title = f'fastrain {version}'
 # a package that holds MathJax, so that formulas need no network
