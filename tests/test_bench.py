@@ -16,6 +16,7 @@ def script(name):
     return module
 
 step,gpu = script('step'),script('gpu')
+pytestmark = pytest.mark.slow # whole trainings, if small ones
 NETS = dict(backbone='resnet10t_16', standard='resnet10t_16', device='cpu')
 TINY = dict(NETS, data='digits', methods='at,at+train', epochs=2, chunk=2, bs=20, steps=1, warmup=1,
             n_train=60, n_test=10, n_valid=10, timed_steps=1)
