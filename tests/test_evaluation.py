@@ -736,3 +736,12 @@ def test_imports():
     wings = {f'fastrain.{w}' for w in ('attacks', 'data', 'evaluation', 'models', 'pieces')}
     assert len({*names} - wings) <= 13
     assert not any(n.startswith(('fastrain.training', 'fastrain.runs', 'fastrain.pieces')) for n in names)
+
+@pytest.mark.slow # a process of its own
+def test_star_import():
+    "Everything public, without what only pictures and pages need, and without hiding fastai's names"
+    code = ('import sys; from fastai.vision.all import *; before = dict(globals()); from fastrain.all import *; '
+            'print([m for m in ("sklearn.manifold", "markdown_it") if m in sys.modules], '
+            '[n for n in before if n != "before" and globals()[n] is not before[n]])')
+    shown = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
+    assert shown == '[] []'

@@ -48,7 +48,7 @@ class AttackKind(Registered):
 
     def make(self, *, eps, alpha, norm, steps, convention, seed):
         "The attack `(model, x, y) → images`, or None for natural images"
-        raise NotImplementedError(f'{type(self).__name__} needs make(self, *, eps, **others)')
+        raise ValueError(f'{type(self).__name__} needs make(self, *, eps, **others)')
 
 # %% ../../nbs/attacks/named.ipynb #3bb8cbb6
 class _Natural(AttackKind):

@@ -156,7 +156,7 @@ class Measure(Registered):
     needs = () # 'features', 'standard' (features of the standard model), 'support' (features of training images)
 
     def measure(self, evidence:Evidence) -> float:
-        raise NotImplementedError(f'{type(self).__name__} needs measure(self, evidence)')
+        raise ValueError(f'{type(self).__name__} needs measure(self, evidence)')
 
     def text(self, value:float) -> str:
         "The figure as tables print it"
