@@ -487,7 +487,7 @@ def test_standard_on_the_command_line(run, tmp_path, capsys):
     cli.train(method='at+train', out=str(tmp_path/'new'), standard=str(run), **args)
     assert read_run(tmp_path/'new')[0].standard == str(run)
     assert same(standard_of(tmp_path/'new', 'at+train'), dict(snapshot(load_run_model(run, 'standard')[0])))
-    assert 0 < json.loads((tmp_path/'new'/'results.json').read_text())[0]['last']['l_tp'] < 100
+    assert 0 < json.loads((tmp_path/'new'/'results.json').read_text())[0]['last']['figures']['l_tp'] < 100
     cli.train(method='at,at+train', out=str(tmp_path/'new'), resume=True, device='cpu')
     assert read_run(tmp_path/'new')[1] == ['at+train', 'at'] and not (tmp_path/'new'/'checkpoints'/'warm.pt').exists()
     assert 'at+train' in capsys.readouterr().out
