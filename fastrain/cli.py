@@ -75,22 +75,23 @@ def train(
     seed:int=None, # Seed of weights, batches and attacks (default 1)
     attacks:str=None, # Evaluate under these, see `fastrain evaluate --help` (default natural,pgd20)
     load:str=None, # Python files with pieces of your own, comma-separated
-    resume:bool=False # Continue the interrupted run in --out with its settings; methods in --method that it lacks are added
+    # Continue the interrupted run in --out with its settings; methods in --method that it lacks are added. Options that differ
+    # from its settings are refused, except for more --epochs where the schedule allows them
+    resume:bool=False
 ):
     "Train and compare methods on images, and write a folder with everything about it"
     from fastrain.runs.recipe import make_recipe
     from fastrain.runs.train import resume_run, train_run
     methods,attacks = split_methods(method),_items('attacks', attacks)
     settings = dict(
-        data=data, path=path, backbone=backbone, standard=standard or backbone, epochs=epochs, bs=bs, lr=lr,
-        drops=_drops(drops), wd=wd, eps=_size(eps), alpha=_size(alpha), steps=steps, norm=norm, eval_eps=_size(eval_eps),
-        lam=lam, lam_schedule=lam_schedule, warmup=warmup, holdout=holdout, n_train=n_train, n_test=n_test,
-        img_size=img_size, precision=precision, seed=seed)
+        data=data, path=path, backbone=backbone, standard=standard, epochs=epochs, bs=bs, lr=lr, drops=_drops(drops), wd=wd,
+        eps=_size(eps), alpha=_size(alpha), steps=steps, norm=norm, eval_eps=_size(eval_eps), lam=lam, lam_schedule=lam_schedule,
+        warmup=warmup, holdout=holdout, n_train=n_train, n_test=n_test, img_size=img_size, precision=precision, seed=seed)
     load_pieces(load)
     _place(device)
-    if resume: return _show(resume_run(out, device, methods, attacks or None, dict(settings, profile=profile)), out)
-    recipe,methods,attacks = make_recipe(profile, **settings),methods or ('standard', 'at', 'at+train'),attacks or ('natural', 'pgd20')
-    _show(train_run(out, recipe, methods, device, attacks), out)
+    if resume: return _show(resume_run(out, device, methods, attacks, _given(profile=profile, **settings)), out)
+    recipe = make_recipe(profile, **settings | dict(standard=standard or backbone))
+    _show(train_run(out, recipe, methods or ('standard', 'at', 'at+train'), device, attacks or ('natural', 'pgd20')), out)
 
 # %% ../nbs/cli.ipynb #93edfb7d
 def _show(results, out):
