@@ -1077,6 +1077,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastrain.runs.evaluate._made_by': ('runs/evaluate.html#_made_by', 'fastrain/runs/evaluate.py'),
                                         'fastrain.runs.evaluate._nearest_pgd20': ( 'runs/evaluate.html#_nearest_pgd20',
                                                                                    'fastrain/runs/evaluate.py'),
+                                        'fastrain.runs.evaluate._nothing_there': ( 'runs/evaluate.html#_nothing_there',
+                                                                                   'fastrain/runs/evaluate.py'),
                                         'fastrain.runs.evaluate._on_device': ('runs/evaluate.html#_on_device', 'fastrain/runs/evaluate.py'),
                                         'fastrain.runs.evaluate._records_of': ( 'runs/evaluate.html#_records_of',
                                                                                 'fastrain/runs/evaluate.py'),

@@ -100,6 +100,7 @@ def _show(results, out):
     from fastrain.evaluation.tables import attack_table, results_table
     from fastrain.runs.run import CHECKPOINTS
     which = next(w for w in CHECKPOINTS if w in results[0])
+    results = [r for r in results if which in r] # a file of the others was removed
     print('\n' + _heading(results[0], which))
     print(results_table(results, which).to_string())
     by_attack = {r['method']: attack_table(r[which]) for r in results}

@@ -5,6 +5,7 @@ import pytest
 from fastprogress import fastprogress
 
 import fastrain.runs.evaluate
+from fastrain.runs.evaluate import evaluate_run
 from fastrain.runs.recipe import make_recipe
 from fastrain.runs.run import Run
 from fastrain.runs.train import resume_run, train_run
@@ -172,14 +173,31 @@ def test_resume_without_one_file(run, file):
 @pytest.mark.parametrize('file', ['settings.json', 'history.csv', 'checkpoints/warm.pt', 'checkpoints/at+train/best.pt',
                                   'checkpoints/at+train/last.pt', 'checkpoints/standard/last.pt'])
 def test_resume_without_results_and_one_file(run, file):
-    "What is trained is found in the checkpoints; without one, it is trained again"
+    "What is trained is found in the checkpoints; without one, it is trained again. A best epoch before the last one is lost"
     before,history = figures(run),Run(run).history.drop(columns='seconds')
+    if 'best' in file: before = [b for i,b in enumerate(before) if i != 3]
     (run/'results.json').unlink()
     (run/file).unlink()
     resume_run(run, 'cpu')
     assert figures(run) == before
     assert Run(run).history.drop(columns='seconds').sort_values(['method', 'epoch'], ignore_index=True).equals(
         history.sort_values(['method', 'epoch'], ignore_index=True))
+
+@pytest.mark.parametrize('file', FILES)
+def test_evaluate_without_one_file(run, file):
+    "The other checkpoints are evaluated, and the figures of the others stay"
+    before = figures(run)
+    (run/file).unlink()
+    if file == 'results.json':
+        with pytest.raises(FileNotFoundError, match='it was removed. Continue it with --resume'): evaluate_run(run, ['natural', 'pgd2'], device='cpu')
+        return
+    evaluate_run(run, ['natural', 'pgd2'], device='cpu', pictures='all', progress=False)
+    assert figures(run) == before
+
+def test_evaluate_what_was_removed(run):
+    (run/'checkpoints/at+train/last.pt').unlink()
+    with pytest.raises(ValueError, match='has no checkpoint last or average of at\\+train. .*remove results.json'):
+        evaluate_run(run, ['natural'], device='cpu', methods=['at+train'], which=['last', 'average'])
 
 def test_settings_of_an_old_run_are_lost(run):
     "Its checkpoints do not have them"

@@ -20,7 +20,7 @@ def results_table(
     rows = []
     for r in results:
         name = r['method']
-        rows.append(_method_row(f'{name} (approximate)' if r.get('approximate') else name, r, r[which]))
+        if which in r: rows.append(_method_row(f'{name} (approximate)' if r.get('approximate') else name, r, r[which]))
         if which == 'last' and 'average' in r:
             rows.append(_method_row(f'{name}, averaged weights', r, r['average']))
     table = pd.DataFrame(rows).set_index('method').fillna('')

@@ -58,7 +58,7 @@ def assess(
     kwargs['l_tp_attack'] = _nearest_pgd20(attacks, r.eval_eps)
     record,evs = {},{}
     for w in which:
-        if w == 'average' and not run.has_average(method): continue
+        if not run.has(method, w): continue
         epoch = run.checkpoint(method, w)['epoch']
         if w == 'best' and 'last' in record and epoch == record['last']['epoch']: # the same weights
             record[w],evs[w] = record['last'],evs['last']
@@ -103,7 +103,7 @@ def evaluate_run(
         results.append({k: v for k,v in r.items() if k not in CHECKPOINTS} | record)
         save_json(run.out/'evaluation.json', results)
     if not results:
-        raise ValueError(f'None of {", ".join(r["method"] for r in todo)} has averaged weights: add ema to a method')
+        raise ValueError(_nothing_there(run, todo, which))
     run.evaluations = results
     show_run(run, results, pictures, shown)
     return results
@@ -113,9 +113,15 @@ def _records_of(run, methods):
     wanted = [method_in(run.methods, m) for m in methods]
     return [r for r in run.trained if not wanted or r['method'] in wanted]
 
+def _nothing_there(run, todo, which):
+    methods = ', '.join(r['method'] for r in todo)
+    if [*which] == ['average']: return f'None of {methods} has averaged weights: add ema to a method'
+    return (f'{run.out} has no checkpoint {" or ".join(which)} of {methods}. If it was removed, remove results.json, too: '
+            '--resume then trains again what is missing')
+
 def _has_any(run, method, which):
-    "Only averaged weights may be missing"
-    return any(w != 'average' or run.has_average(method) for w in which)
+    "Averaged weights may be missing, and files may be removed"
+    return any(run.has(method, w) for w in which)
 
 def _accuracies(ev): return ', '.join(f'{row.title} {100*row.accuracy:.2f}' for row in ev.rows if row.kind != 'stage')
 
@@ -129,9 +135,8 @@ def show_run(
     "Pictures and report of a run"
     records = {r['method']: next(r[w] for w in CHECKPOINTS if w in r) for r in results}
     best = {r['method']: r['best']['epoch'] for r in run.trained if 'best' in r}
-    history = pd.read_csv(run.out/'history.csv')
     attack = run.recipe.eval_attack('pgd20')
-    exhibits = Exhibits(records, lambda m: _on_device(run.model(m), run), run.dls, attack, history, best, evaluations)
+    exhibits = Exhibits(records, lambda m: _on_device(run.model(m), run), run.dls, attack, run.history, best, evaluations)
     draw_pictures(pictures, exhibits, run.out)
     write_report(run)
 

@@ -162,7 +162,7 @@ def draw_pictures(
     every = 'all' in names
     for n in pictures if every else names:
         try: fig = pictures[n](exhibits)
-        except ValueError as e:
+        except (ValueError, FileNotFoundError) as e:
             if every: continue
             raise ValueError(f'Picture {n}: {e}') from e
         files.append(Path(folder)/f'{n}.png')
