@@ -61,16 +61,15 @@ def test_evaluate_run(run):
     "More attacks, subsets and sizes; the record, the table by image and the report say the same"
     results = evaluate_run(run, ['natural', 'pgd3', 'cw2+fgsm'], device='cpu', n=30, methods=['at'], which=['last'],
                            images=True, progress=False)
-    assert results == json.loads((run/'evaluation.json').read_text())
     assert [r['method'] for r in results] == ['at'] and 'best' not in results[0]
     e = results[0]['last']
-    by_image = pd.read_csv(Run(run).evaluation_folder('at')/'per_image.csv')
+    by_image = pd.read_csv(Run(run).evaluation_folder('at')/f'per_image-{e["settings"]["subset"]}.csv')
     for name in ('natural', 'pgd3', 'cw2+fgsm'):
         assert e['figures'][name] == pytest.approx((by_image[name] == by_image.label).mean())
     assert e['n'] == len(by_image) == 30 and sorted(by_image.label.value_counts()) == [3]*10
     assert e['settings']['subset'].startswith('balanced-30-')
     text = (run/'report.md').read_text()
-    assert 'C&W-2+FGSM' in text and f'| PGD-3 | {100*e["figures"]["pgd3"]:.2f} |' in text and 'As evaluated after training' in text
+    assert 'C&W-2+FGSM (30 images)' in text and f'| PGD-3 | {100*e["figures"]["pgd3"]:.2f} |' in text and '## On fewer images' in text
     again = rescore_run(run, 'cpu')
     assert list(again.table) == list(again.rescored) and len(again) == 2
 
@@ -177,7 +176,8 @@ def test_compare_other_experiments(runs, run, tmp_path):
     assert '| lam | 5.0 | 7.0 | 5.0 |' in (tmp_path/'both'/'report.md').read_text()
 
 def test_compare_other_images(run, tmp_path):
-    evaluate_run(run, ['natural', 'pgd2'], device='cpu', n=30, methods=['at'], which=['last'], progress=False)
+    other = pd.read_csv(Run(run).evaluation_folder('at')/'per_image.csv')[:30]
+    other.to_csv(Run(run).evaluation_folder('at')/'per_image.csv', index=False)
     with pytest.raises(ValueError, match='other images'): paired(Run(run), 'at', 'at+train')
     for runs,error in (([], ValueError), ([tmp_path/'none'], FileNotFoundError)):
         with pytest.raises(error): compare_runs(runs, tmp_path/'out')
@@ -303,12 +303,12 @@ def test_shell_with_own_attack_measure_and_picture(run, tmp_path, monkeypatch, c
     from fastrain.evaluation.scores import Measure
     (tmp_path/'own.py').write_text(OWN_ATTACK)
     try:
-        shell(monkeypatch, 'evaluate', run, '--attacks', 'natural,halve-of-the-shell,sure-of-the-shell', '--n', 20, '--which', 'last',
+        shell(monkeypatch, 'evaluate', run, '--attacks', 'natural,halve-of-the-shell,sure-of-the-shell', '--which', 'last',
               '--method', 'at,at+train', '--pictures', 'tradeoff,blank_of_the_shell', '--device', 'cpu', '--load', tmp_path/'own.py')
         shell(monkeypatch, 'compare', run, '--out', tmp_path/'compared', '--load', tmp_path/'own.py')
         assert 'Halving' in capsys.readouterr().out
         page,compared = (run/'report.md').read_text(),(tmp_path/'compared'/'report.md').read_text()
-        assert '| method | natural | Halving | L_TP | sure |' in page and '*Nothing at all.*' in page and '| Halving |' in page
+        assert '| method | natural | PGD-20 | Halving | L_TP | sure |' in page and '*Nothing at all.*' in page and '| Halving |' in page
         assert '| at | at+train | Halving |' in compared and '| 25.00 |' in compared
     finally:
         AttackKind.registry.pop('halve-of-the-shell', None)

@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..attacks.checks import Finding
 from ..attacks.named import NamedAttack
+from ..core import load_tensors
 from .measure import Job
 from .record import Evaluation, read_evaluation, read_evaluations, subset_name, summarise
 
@@ -48,6 +49,7 @@ class Earlier:
         store # Its `Store`
     ):
         self.record,self.columns,self.jobs,self.why = _read_if_whole(out, subset),{},[],''
+        self.store = store
         rows,files = self.record.get('rows', []),self.record.get('files') or {}
         self.attacks = {r['name']: _told_attack(r, rows) for r in rows if r['name'] in files}
         if not self.attacks: return
@@ -60,8 +62,14 @@ class Earlier:
         "Keep what `measure` made of its own jobs, which come first, and return the rest"
         mine,rest = results[:len(self.jobs)],results[len(self.jobs):]
         self.columns = {job.name: c for job,c in zip(self.jobs, mine) if c is not None}
-        if len(mine) > len(self.columns): self.why = 'on another model, on other images or in other batches'
+        lost = [job for job in self.jobs if job.name not in self.columns]
+        if lost: self.why = 'by an older fastrain' if self._is_old(lost[0]) else 'on another model, on other images or in other batches'
         return rest
+
+    def _is_old(self, job) -> bool:
+        "Of a version that did not keep what the model answered"
+        try: return 'answer' not in load_tensors(self.store.folder/job.earlier[0])
+        except (FileNotFoundError, ValueError, IndexError): return False
 
 def _read_if_whole(out, subset) -> dict:
     "The record of these images; empty if there is none, or if it is damaged and will be replaced"
@@ -79,6 +87,7 @@ def joined(
     ev:Evaluation, # What was asked for now
     earlier:Earlier,
     on:str, # The attack that measures of both together are taken on
+    measured:callable, # `(columns, on) → measures, topology`
     notes:list=() # Those of `ev` that are not made from its columns
 ) -> Evaluation:
     "Earlier columns that hold, and then those of `ev`"
@@ -86,18 +95,16 @@ def joined(
     order = sorted([*kept, *ev.attacks], key=lambda k: k != 'natural')
     attacks = {k: (ev.attacks.get(k) or earlier.attacks[k]) for k in order}
     columns = {k: (ev.columns[k] if k in ev.columns else earlier.columns[k]) for k in order}
-    measures,topology,on = _measures(ev, earlier, on)
+    measures,topology,on = _measures(ev, earlier, on, lambda: measured(columns, on))
     notes = [*notes, *_losses(ev, earlier)]
     return summarise(columns, attacks, ev.settings | dict(l_tp_attack=on), measures, topology, notes, ev.indices)
 
-def _measures(ev, earlier, on): # measures, topology, the attack that they are on
-    mine = _no_accuracies(ev.record())
-    before = _no_accuracies(earlier.record) if earlier.record else {}
-    here,then = ev.settings['l_tp_attack'],earlier.record.get('settings', {}).get('l_tp_attack')
-    if not before or then not in earlier.columns or then in _replaced(ev, earlier): return mine,ev.topology,here
-    topology = ev.topology or earlier.record['topology']
-    if here == then: return before | mine,topology,here
-    return (before,earlier.record['topology'],then) if on == then else (mine,ev.topology,here)
+def _measures(ev, earlier, on, measured): # measures, topology, the attack that they are on
+    mine,topology,here = _no_accuracies(ev.record()),ev.topology,ev.settings['l_tp_attack']
+    then = earlier.record.get('settings', {}).get('l_tp_attack')
+    if on != then or then not in earlier.columns or then in _replaced(ev, earlier): return mine,topology,here
+    if here != then: mine,topology = measured() # on the same images as the earlier ones
+    return _no_accuracies(earlier.record) | mine,topology or earlier.record['topology'],then
 
 def _no_accuracies(record) -> dict:
     accuracies = {r['name'] for r in record['rows']}
@@ -112,11 +119,13 @@ def _replaced(ev, earlier) -> list:
 def _losses(ev, earlier):
     "Which earlier figures are no longer there, and why"
     lost = [a for k,a in earlier.attacks.items() if k not in ev.attacks and k not in earlier.columns]
-    if lost: yield str(Finding('earlier figures', f'{_titles(lost)} in this folder had been measured {earlier.why}, and are left out'))
+    if lost: yield str(Finding('earlier figures', f'{_titles(lost)} in this folder had been measured {earlier.why}, and are left out. {_REMEDY}'))
     replaced = [earlier.attacks[k] for k in _replaced(ev, earlier)]
     if replaced: yield str(Finding('earlier figures', f'{_titles(replaced)} in this folder had other settings, and are replaced'))
 
 def _titles(attacks): return ', '.join(a.title if a.eps is None else f'{a.title} (ε = {a.eps:.4g})' for a in attacks)
+
+_REMEDY = 'Ask for them again to have them in the table'
 
 # %% ../../nbs/evaluation/earlier.ipynb #6e185446
 def save_beside(ev:Evaluation, out):

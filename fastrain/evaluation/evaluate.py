@@ -7,6 +7,7 @@ __all__ = ['parse_figures', 'evaluate', 'saved_images', 'rescore']
 
 # %% ../../nbs/evaluation/evaluate.ipynb #cac3a4dd
 import copy
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -95,12 +96,13 @@ def evaluate(
     columns = dict(zip(attacks, results))
     of_standard = None if standard is None else results[-1]
     if support: support = _support_columns(model, support, on, attacks[on].attack, store, seed, progress)
-    evidence = Evidence(columns, on, of_standard, support, bs or batches.bs or sample.bs, ks)
-    figures = {m.key: m.measure(evidence) for m in measures}
+    measured = partial(_measured, measures, of_standard, support, bs or batches.bs or sample.bs, ks)
+    figures,topology = measured(columns, on)
     if checks: notes += _findings(model, standard, sample, attacks, norm)
     settings = dict(subset=batches.name, precision=_place(model)[1], seed=seed, l_tp_attack=on, device=_place(model)[0])
-    ev = summarise(columns, attacks, settings, figures, evidence.topology, notes, batches.rows)
-    if out: save_beside(joined(ev, earlier, _measured_on(earlier.attacks | attacks, l_tp_attack), notes), out)
+    ev = summarise(columns, attacks, settings, figures, topology, notes, batches.rows)
+    of_all = on if support else _measured_on(earlier.attacks | attacks, l_tp_attack)
+    if out: save_beside(joined(ev, earlier, of_all, measured, notes), out)
     return ev
 
 # %% ../../nbs/evaluation/evaluate.ipynb #35b21d49
@@ -142,6 +144,10 @@ def _with_standard(measures, standard):
         return measures
     asked = {m.key for m in measures}
     return [m() for m in Measure.registry.values() if m.key in asked or 'standard' in m.needs]
+
+def _measured(measures, of_standard, support, bs, ks, columns, on): # figures, topology
+    evidence = Evidence(columns, on, of_standard, support, bs, ks)
+    return {m.key: m.measure(evidence) for m in measures},evidence.topology
 
 def _measured_on(attacks, wanted):
     "The attack whose images measures are taken on"
@@ -197,28 +203,44 @@ def _findings(model, standard, sample, attacks, norm):
 # %% ../../nbs/evaluation/evaluate.ipynb #f3c8eb86
 def saved_images(
     out, # Folder of an evaluation that was made with `images=True`
-    attack:str # Name of the attack
+    attack:str, # Name of the attack
+    subset:str=None # Name of the images, if there are several evaluations in the folder; None: the first that kept them
 ): # Batches (adversarial images, labels)
     "The adversarial images of an evaluation, batch by batch"
-    folder = Path(out)
-    for f in lookup(attack, read_evaluation(folder)['files'], 'attack'):
-        part = load_tensors(folder/'parts'/f)
-        if 'x_adv' not in part:
-            raise ValueError(f'{out} has no images of {attack!r}: evaluate with images=True (--images)')
+    records = read_evaluations(out) if subset is None else [read_evaluation(out, subset)]
+    records = [r for r in records if attack in r['files']] or records[:1]
+    files = [lookup(attack, r['files'], 'attack') for r in records]
+    parts = next((p for p in map(partial(_parts_with_images, out), files) if p), None)
+    if not parts: raise ValueError(f'{out} has no images of {attack!r}: evaluate with images=True (--images)')
+    for f in parts:
+        part = load_tensors(f)
         yield part['x_adv'],part['y']
+
+def _parts_with_images(out, files) -> list:
+    "The files of an attack, if the first of them has images"
+    parts = [Path(out)/'parts'/f for f in files]
+    return parts if 'x_adv' in load_tensors(parts[0]) else []
 
 def rescore(
     model, # The model that was evaluated, or any other
     out # Folder of an evaluation that was made with `images=True`
 ) -> pd.DataFrame: # A row per attack: accuracy in the table, and of the saved images
     "Accuracy on saved adversarial images"
+    rows = rescored_rows(model, out)
+    if not rows: raise ValueError(f'{out} has no adversarial images: evaluate with images=True (--images)')
+    return pd.DataFrame(rows).set_index('attack')
+
+# %% ../../nbs/evaluation/evaluate.ipynb #606357d5
+def rescored_rows(model, out) -> list:
+    "A row for each attack of each evaluation in a folder that kept its images"
     model,_ = _float32(_module(model))
     rows = []
-    for r in read_evaluation(out)['rows']:
-        if r['kind'] != 'attack': continue
-        rescored = _accuracy(model, saved_images(out, r['name']))
-        rows.append(dict(attack=r['name'], table=r['accuracy'], rescored=rescored))
-    return pd.DataFrame(rows).set_index('attack')
+    for record in read_evaluations(out):
+        for r in record['rows']:
+            if r['kind'] != 'attack' or not _parts_with_images(out, record['files'][r['name']]): continue
+            rescored = _accuracy(model, saved_images(out, r['name'], subset_name(record)))
+            rows.append(dict(attack=r['name'], n=r['n'], table=r['accuracy'], rescored=rescored))
+    return rows
 
 @torch.no_grad()
 def _accuracy(model, batches):
