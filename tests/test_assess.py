@@ -215,7 +215,8 @@ def test_compare_a_copy(runs, tmp_path):
     assert set(compare_runs([runs/'seed3', runs/'seed4'/'..'/'seed3'], tmp_path/'out').seeds) == {1}
 
 @pytest.mark.parametrize('change, match', [
-    (other_eps, 'PGD-20 of standard in seed3 and of standard in run differs in more than the seed: ε 0.15 and 0.003922, step 0.015 and 0.0003922'),
+    (other_eps, 'PGD-20 of standard in seed3 and of standard in run differs in more than the seed: '
+                'ε 0.15 and 0.003922, step 0.015 and 0.0003922'),
     (other_steps, 'differs in more than the seed: steps 20 and 7. Evaluate both in the same way'),
     (other_images, r'standard of seed3 was evaluated on 40 test images \(all\), standard of run on 30 test images \(balanced-30-abc\)')])
 def test_compare_what_was_measured_otherwise(runs, tmp_path, change, match):
@@ -250,7 +251,8 @@ def test_compare_runs_of_one_name(runs, tmp_path):
 
 def test_compare_writes_over_nothing(runs, run, tmp_path):
     before = (run/'report.md').read_text()
-    with pytest.raises(FileExistsError, match='holds a run or an evaluation.*choose another folder'): compare_runs([runs/'seed3', runs/'seed4'], run)
+    with pytest.raises(FileExistsError, match='holds a run or an evaluation.*choose another folder'):
+        compare_runs([runs/'seed3', runs/'seed4'], run)
     assert (run/'report.md').read_text() == before
 
 def test_paired_under_other_attacks(runs, tmp_path):
@@ -258,7 +260,8 @@ def test_paired_under_other_attacks(runs, tmp_path):
     saved = json.loads((run/'results.json').read_text())
     other_eps(saved[1]['last'])
     (run/'results.json').write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match='PGD-20 of at in run and of at\\+train in run differs .* ε 0.003922 and 0.15'): paired(Run(run), 'at', 'at+train')
+    with pytest.raises(ValueError, match='PGD-20 of at in run and of at\\+train in run differs .* ε 0.003922 and 0.15'):
+        paired(Run(run), 'at', 'at+train')
 
 def test_pairs():
     assert _pairs(['at', 'trades', 'at+train', 'trades+lbgat', 'trades+lbgat+train']) == [

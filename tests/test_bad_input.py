@@ -376,7 +376,8 @@ def test_settings(name, value):
 
 def test_sound_settings():
     from fastrain.runs.recipe import Recipe
-    r = Recipe(epochs=12.0, bs=8, drops=[5, 9], seed=-3, holdout=100., wd=0, mom=0, lam=0, warmup=0, n_valid=5, warmup_lr=.02, small_images=False)
+    r = Recipe(epochs=12.0, bs=8, drops=[5, 9], seed=-3, holdout=100., wd=0, mom=0, lam=0, warmup=0, n_valid=5, warmup_lr=.02,
+               small_images=False)
     assert (r.epochs, r.drops, r.seed) == (12, (5, 9), -3) and isinstance(r.epochs, int)
     assert Recipe(seed=2**63 - 1).seed == 2**63 - 1 and Recipe(drops=()).drops == ()
 
@@ -394,10 +395,12 @@ def test_names_too_long_for_folders(tmp_path):
         train_run(tmp_path/('x'*300), tiny(), ['at'], 'cpu')
     assert '\n' not in str(e.value) and not any(tmp_path.iterdir())
     (tmp_path/'file').write_text('mine')
-    with pytest.raises(OSError, match='(cannot be made|cannot be a folder): Not a directory'): train_run(tmp_path/'file'/'run', tiny(), ['at'], 'cpu')
+    with pytest.raises(OSError, match='(cannot be made|cannot be a folder): Not a directory'):
+        train_run(tmp_path/'file'/'run', tiny(), ['at'], 'cpu')
 
 @pytest.mark.parametrize('argv, match', [
-    (['--eval-eps', '255'], 'eval_eps=255 is larger'), (['--wd', '-1'], 'wd=-1'), (['--wd', 'nan'], 'wd=nan'), (['--drops', '9,5'], r'drops=\(9, 5\)'),
+    (['--eval-eps', '255'], 'eval_eps=255 is larger'), (['--wd', '-1'], 'wd=-1'), (['--wd', 'nan'], 'wd=nan'),
+    (['--drops', '9,5'], r'drops=\(9, 5\)'),
     (['--drops=-5,9'], r'drops=\(-5, 9\)'), (['--steps', '0'], 'steps=0'), (['--seed', str(2**64)], 'at most 64 bits'),
     (['--path', 'nowhere'], 'scikit-learn'), (['--backbone', 'b'*300], 'no part is longer than 255'),
     (['--standard', 'b'*300], 'no part is longer than 255'), (['--out', 'o'*300], 'File name too long')])

@@ -94,7 +94,8 @@ def _check_repetitions(measured):
         if twin is not m:
             raise ValueError(f'{twin.name} and {m.name} have the same settings and the same seed, {m.run.recipe.seed}, so that {m.method} '
                              'would count twice: leave one of them out, or train it again with another --seed')
-        _check_images(images.setdefault((m.run.recipe.data, m.run.recipe.n_test), m), m)
+        data = m.run.recipe.data,m.run.recipe.n_test
+        _check_images(images.setdefault(data, m), m)
         _check_attacks(first.setdefault((m.label, m.method), m), m)
 
 def _check_images(a, b):
