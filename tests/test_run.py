@@ -193,7 +193,8 @@ def test_evaluate_without_one_file(run, file):
     before = figures(run)
     (run/file).unlink()
     if file == 'results.json':
-        with pytest.raises(FileNotFoundError, match='it was removed. Continue it with --resume'): evaluate_run(run, ['natural'], device='cpu')
+        with pytest.raises(FileNotFoundError, match='it was removed. Continue it with --resume'):
+            evaluate_run(run, ['natural'], device='cpu')
         return
     evaluate_run(run, ['natural', 'pgd2'], device='cpu', pictures='all', progress=False)
     assert figures(run) == before

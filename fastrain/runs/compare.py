@@ -6,7 +6,7 @@
 __all__ = ['compare_runs']
 
 # %% ../../nbs/runs/compare.ipynb #9ad472d1
-import json, re
+import itertools, json, re
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -35,10 +35,11 @@ class _Measured:
 
 def _measured(runs) -> list:
     "What was evaluated last, after the last epoch"
-    names = _names_of(runs)
-    first = {}
-    labels = [first.setdefault(_all_but_seed(run), name) for run,name in zip(runs, names)]
-    return [_Measured(run, name, label, r) for run,name,label in zip(runs, names, labels) for r in run.evaluated if 'last' in r]
+    labels,found = {},[]
+    for run,name in zip(runs, _names_of(runs)):
+        label = labels.setdefault(_all_but_seed(run), name)
+        found += [_Measured(run, name, label, r) for r in run.evaluated if 'last' in r]
+    return found
 
 def _names_of(runs) -> list:
     "The names of their folders, with the way there if two are called the same"
@@ -58,7 +59,7 @@ def _ways(m:_Measured) -> dict: # `{title: {word: value}}`
     rows = [row for row in m.record['rows'] if row['kind'] != 'stage']
     ways = {row['title']: _way(row) for row in rows}
     for row in rows:
-        if row['kind'] == 'worst case': ways[row['title']] = dict(attacks=', '.join(map(_told, _parts(row, rows))))
+        if row['kind'] == 'worst case': ways[row['title']] = _way_of_all(_parts(row, rows))
     on = [_told(row) for row in rows if row['name'] == m.result.get('l_tp_attack')]
     ways[Measure.of('l_tp').title] = {'attack': next(iter(on), None), 'standard model': m.result.get('anchor')}
     return ways
@@ -67,6 +68,10 @@ def _way(row) -> dict:
     way = {word: row.get(k) for k,word in _words.items()}
     if way['attack']: way['attack'] = re.sub(r',? ?seed=-?\d+', '', way['attack'])
     return way
+
+def _way_of_all(rows) -> dict:
+    sizes = sorted({row['eps'] for row in rows if row.get('eps')})
+    return {'of': ', '.join(row['title'] for row in rows), 'ε': ', '.join(map(_value, sizes)) or None}
 
 def _parts(row, rows):
     names = row['name'].split('+')
@@ -119,8 +124,9 @@ def _figures(measured) -> pd.DataFrame: # 'run', 'seed', 'method', accuracies in
     rows,titles = [],_titles(measured)
     for m in measured:
         method = f'{m.label}: {m.method}' if several else m.method
-        figures = {titles(m, title): value for title,value in _row(m.record).items()}
-        rows.append(dict(run=m.name, seed=m.run.recipe.seed, method=method) | figures)
+        row = dict(run=m.name, seed=m.run.recipe.seed, method=method)
+        for title,value in _row(m.record).items(): row[titles(m, title)] = value
+        rows.append(row)
     return pd.DataFrame(rows)
 
 def _titles(measured):
@@ -131,16 +137,18 @@ def _titles(measured):
     telling = {title: _telling(ways) for title,ways in known.items()}
     def titled(m, title):
         way = _ways(m).get(title, {})
-        told = [f'{k} = {_value(way[k])}' for k in telling.get(title, ()) if way.get(k) is not None]
+        told = [_told_of(k, way[k]) for k in telling.get(title, ()) if way.get(k) is not None]
         return f'{title} ({", ".join(told)})' if told else title
     return titled
+
+def _told_of(word, value): return f'of {value}' if word == 'of' else f'{word} = {_value(value)}'
 
 def _telling(ways) -> list:
     "The fewest words that tell different ways of measuring apart"
     found = []
     for k in ways[0]:
-        unlike = any(k in _unlike(a, b) for a in ways for b in ways if _alike(a, b, found))
-        if unlike: found.append(k)
+        for a,b in itertools.combinations(ways, 2):
+            if k not in found and k in _unlike(a, b) and _alike(a, b, found): found.append(k)
     return found
 
 def _alike(a, b, words): return not any(k in words for k in _unlike(a, b))
