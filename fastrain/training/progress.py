@@ -82,7 +82,7 @@ class LogRows(Callback):
     def after_fit(self): self.learn.logger = self.logger
 
 # %% ../../nbs/training/progress.ipynb #da40000a
-_known = '`torch.jit.script` is deprecated', 'The PyTorch API of nested tensors' # of libraries, about themselves
+_known = '`torch.jit.script` is deprecated', 'The PyTorch API of nested tensors', 'Image size .* exceeds limit' # of libraries, for others
 
 @contextmanager
 def plain_output():
