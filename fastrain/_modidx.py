@@ -1300,6 +1300,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastrain.runs.train._mend': ('runs/train.html#_mend', 'fastrain/runs/train.py'),
                                      'fastrain.runs.train._record': ('runs/train.html#_record', 'fastrain/runs/train.py'),
                                      'fastrain.runs.train._save_rows': ('runs/train.html#_save_rows', 'fastrain/runs/train.py'),
+                                     'fastrain.runs.train._time_left': ('runs/train.html#_time_left', 'fastrain/runs/train.py'),
                                      'fastrain.runs.train.resume_run': ('runs/train.html#resume_run', 'fastrain/runs/train.py'),
                                      'fastrain.runs.train.start_run': ('runs/train.html#start_run', 'fastrain/runs/train.py'),
                                      'fastrain.runs.train.train_method': ('runs/train.html#train_method', 'fastrain/runs/train.py'),

@@ -13,8 +13,7 @@ from statistics import mean
 
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.learner import Recorder, defaults
-from fastcore.basics import noop
+from fastai.learner import Recorder, defaults, noop # fastai's own `noop`: `no_logging` is told by it
 from fastprogress import fastprogress
 
 # %% ../../nbs/training/progress.ipynb #da400006
