@@ -104,7 +104,9 @@ def _find_source(name, path=None):
 
 def _locate(name, source, path):
     "The folder of a named data set: the local copy, or else fastai's download, which happens once"
-    if source.url is None: return None
+    if source.url is None:
+        if path is None: return None
+        raise ValueError(f'path={str(path)!r}: {name} comes with scikit-learn and needs no local copy: leave it out')
     if path is None: return _download(name, source)
     path = Path(os.path.expanduser(path))
     if not path.exists(): raise FileNotFoundError(f'There is no {path}. For {name} it has to hold {source.layout}.')

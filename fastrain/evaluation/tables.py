@@ -20,6 +20,7 @@ def results_table(
     rows = []
     for r in results:
         name = r['method']
+        if which not in r: continue
         rows.append(_method_row(f'{name} (approximate)' if r.get('approximate') else name, r, r[which], r.get('fewer', {}).get(which, ())))
         if which == 'last' and 'average' in r:
             rows.append(_method_row(f'{name}, averaged weights', r, r['average']))
