@@ -63,7 +63,8 @@ class Earlier:
         mine,rest = results[:len(self.jobs)],results[len(self.jobs):]
         self.columns = {job.name: c for job,c in zip(self.jobs, mine) if c is not None}
         lost = [job for job in self.jobs if job.name not in self.columns]
-        if lost: self.why = 'by an older fastrain' if self._is_old(lost[0]) else 'on another model, on other images or in other batches'
+        if lost: self.why = 'on another model, on other images or in other batches'
+        if any(map(self._is_old, lost)): self.why = 'by an older fastrain'
         return rest
 
     def _is_old(self, job) -> bool:

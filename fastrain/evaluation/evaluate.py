@@ -7,6 +7,7 @@ __all__ = ['parse_figures', 'evaluate', 'saved_images', 'rescore']
 
 # %% ../../nbs/evaluation/evaluate.ipynb #cac3a4dd
 import copy
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +18,13 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model
 from torch import nn
 
-from ..attacks.checks import sanity_checks
+from ..attacks.checks import Finding, sanity_checks
 from ..attacks.named import own_attack, parse_attack, parse_attacks, split_names, split_sizes
 from ..core import eval_mode, fork_rng, load_tensors, lookup, parse_eps
 from .earlier import Earlier, joined, save_beside
 from .measure import Batches, Job, Store, full_precision, measure, model_place, n_batches
 from .record import Evaluation, read_evaluation, read_evaluations, subset_name, summarise
-from .scores import Evidence, Measure
+from .scores import Evidence, Measure, wilson
 
 # %% ../../nbs/evaluation/evaluate.ipynb #0b9b98b0
 def parse_figures(
@@ -98,7 +99,7 @@ def evaluate(
     if support: support = _support_columns(model, support, on, attacks[on].attack, store, seed, progress)
     measured = partial(_measured, measures, of_standard, support, bs or batches.bs or sample.bs, ks)
     figures,topology = measured(columns, on)
-    if checks: notes += _findings(model, standard, sample, attacks, norm)
+    if checks: notes += _findings(model, standard, sample, attacks, norm, columns, dl)
     settings = dict(subset=batches.name, precision=_place(model)[1], seed=seed, l_tp_attack=on, device=_place(model)[0])
     ev = summarise(columns, attacks, settings, figures, topology, notes, batches.rows)
     of_all = on if support else _measured_on(earlier.attacks | attacks, l_tp_attack)
@@ -192,13 +193,61 @@ class _Sample:
 
     def get(self): return torch.cat(self.x),torch.cat(self.y)
 
-def _findings(model, standard, sample, attacks, norm):
+def _findings(model, standard, sample, attacks, norm, columns, dl):
     "What looks wrong, as notes"
+    x,y = sample.get()
     sized = [a for a in attacks.values() if a.eps is not None]
     if sized: norm = sized[0].norm
     eps = max((a.eps for a in sized if a.norm == norm), default=8/255)
     source = standard if standard is not model else None
-    return [str(f) for f in sanity_checks(model, *sample.get(), eps, norm, source)]
+    found = sanity_checks(model, x, y, eps, norm, source)
+    if 'natural' in columns: found += _guesses(columns['natural'], _n_outputs(model, x))
+    return [str(f) for f in [*found, *_shared_images(dl)]]
+
+@torch.no_grad()
+def _n_outputs(model, x):
+    with eval_mode(model): return model(x[:2]).shape[1]
+
+def _guesses(natural, n_classes):
+    "Is the model no better than a guess?"
+    pred,y = natural['pred'],natural['y']
+    hits,n = int((pred == y).sum()),len(y)
+    low,high = wilson(hits, n)
+    if len(pred.unique()) == 1 < len(y.unique()):
+        yield Finding('one class', f'all {n} images are taken for class {pred[0]}, which {hits} of them are. {_IS_IT}')
+    elif low <= 1/n_classes:
+        yield Finding('at chance', f'{hits} of {n} natural images are right (95 % interval {100*low:.1f} to {100*high:.1f} %), '
+                                   f'and guessing among {n_classes} classes gets {100/n_classes:.3g} %. {_IS_IT}')
+
+_IS_IT = 'Is the model trained, are its weights loaded, and are images and the order of classes those of its training?'
+
+# %% ../../nbs/evaluation/evaluate.ipynb #6dc61f4b
+def _shared_images(dl):
+    "Test images that are in the training set, too"
+    if not isinstance(dl, DataLoaders): return
+    train,test = dl.train,getattr(dl, 'final', None) or dl.valid
+    if any(getattr(o, 'rows', None) is None for o in (train, test)): return # not from this package
+    of = _pixels if train.images.x is not None else _files
+    known,asked = map(Counter, of(train, test))
+    shared = sum(n for image,n in asked.items() if image in known)
+    if shared > max(1, .002*len(test.rows)):
+        yield Finding('shared images', f'{shared} of {len(test.rows)} test images are in the training set, too, byte for byte: '
+                                       'what was learnt by heart counts as right. Take them out of one of both')
+
+def _pixels(*dls) -> list: # A list for each
+    rows = [dl.images.x[dl.rows.to(dl.images.x.device)].cpu().numpy() for dl in dls]
+    return [[hash(pixels.tobytes()) for pixels in of_dl] for of_dl in rows]
+
+def _files(*dls) -> list:
+    "Only files of sizes that all sets have, and nothing if they are too many to be read"
+    files = [[Path(dl.images.files[i]) for i in dl.rows.tolist()] for dl in dls]
+    sizes = [[f.stat().st_size for f in fs] for fs in files]
+    common = set.intersection(*map(set, sizes))
+    alike = [[f for f,size in zip(fs, of) if size in common] for fs,of in zip(files, sizes)]
+    if sum(map(len, alike)) > _MOST_FILES: return [[] for _ in dls]
+    return [[hash(f.read_bytes()) for f in fs] for fs in alike]
+
+_MOST_FILES = 5000
 
 # %% ../../nbs/evaluation/evaluate.ipynb #f3c8eb86
 def saved_images(

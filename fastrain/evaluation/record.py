@@ -274,10 +274,16 @@ def read_evaluations(out) -> list:
     return [first, *sorted(others, key=lambda r: -r['n'])]
 
 def _read(file):
-    record = read_json(file)
-    if not isinstance(record, dict): raise ValueError(f'{file} is damaged: it holds no evaluation. Evaluate again')
-    try: return read_record(record)
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f'{file} is damaged ({e!r}): evaluate again') from e
+    try: record = read_record(read_json(file))
+    except (KeyError, TypeError, AttributeError): record = {}
+    if not _is_whole(record): raise ValueError(f'{file} is damaged: it holds no evaluation. Evaluate again, which makes it anew')
+    return record
+
+def _is_whole(record) -> bool:
+    if not all(isinstance(record.get(k), dict) for k in ('figures', 'settings')): return False
+    known = {f.name for f in fields(Row)}
+    rows = record.get('rows')
+    return isinstance(rows, list) and all(isinstance(r, dict) and known <= r.keys() for r in rows)
 
 def subset_name(record:dict) -> str:
     "The name of the images of a record"

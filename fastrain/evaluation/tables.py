@@ -100,7 +100,7 @@ def topology_table(record:dict) -> pd.DataFrame:
 def sizes_text(records:list) -> str:
     "The ε of accuracies whose names do not say it"
     rows = [r for record in records for r in record['rows'] if r['kind'] == 'attack' and r.get('eps')]
-    unsaid = [r for r in rows if not r['size']]
+    unsaid = [r for r in rows if not r.get('size')]
     if not unsaid: return 'ε as the columns say' if rows else ''
     where = ' where a column does not say otherwise' if len(unsaid) < len(rows) else ''
     return f'ε = {_with_titles(unsaid, "eps", ".4g")}{where}'

@@ -67,7 +67,7 @@ def _tradeoff(e):
     common = set.intersection(*(_with_steps(rows) for rows in attacked.values()))
     if not common or not all(natural.values()): raise ValueError('evaluate under natural and an attack')
     common = _of_size(common, attacked, getattr(e.attack, 'eps', None))
-    strongest = min(sorted(common), key=lambda name: sum(rows[name]['accuracy'] for rows in attacked.values()))
+    strongest = min(sorted(common), key=lambda name: _strength_of(name, attacked))
     points = [_point(label, natural[label], attacked[label][strongest]) for label in e.records]
     fig = plot_tradeoff(pd.DataFrame(points))
     title = next(iter(attacked.values()))[strongest]['title']
@@ -79,6 +79,11 @@ def _rows(record, *kinds) -> dict: return {r['name']: r for r in record['rows'] 
 def _with_steps(rows) -> set:
     "Names of attacks, without noise"
     return {name for name,r in rows.items() if r['steps'] != 0}
+
+def _strength_of(name, attacked):
+    "The lower, the stronger; of equals a worst case goes first"
+    rows = [rows[name] for rows in attacked.values()]
+    return sum(r['accuracy'] for r in rows),rows[0]['kind'] != 'worst case'
 
 def _of_size(names, attacked, eps) -> set:
     "Those attacks that were run in the size that the models are meant for; all, if none was"
