@@ -221,7 +221,7 @@ DAMAGE = [b'', b'{', b'[1,2]', b'{}', b'5', b'null', b'"x"', b'[{}]', b'[{"metho
 
 def one_line(e): return '\n' not in str(e.value) and 'Error(' not in str(e.value)
 
-@pytest.mark.parametrize('file', ['settings.json', 'results.json'])
+@pytest.mark.parametrize('file', ['settings.json', 'results.json', 'evaluation.json'])
 @pytest.mark.parametrize('text', DAMAGE)
 def test_damaged_json(run, file, text):
     (run/file).write_bytes(text)
@@ -238,6 +238,13 @@ def test_damaged_settings(run, change, match):
     edit(run/'settings.json', change)
     with pytest.raises(ValueError, match=match) as e: resume_run(run, 'cpu')
     assert one_line(e) and str(run/'settings.json') in str(e.value)
+
+@pytest.mark.parametrize('state', [[1, 2], {}, 5])
+def test_warm_up_of_another_kind(run, state):
+    import torch
+    for file in ('results.json', 'checkpoints/at+train/last.pt'): (run/file).unlink()
+    torch.save(state, run/'checkpoints'/'warm.pt')
+    with pytest.raises(ValueError, match='warm.pt is no standard model after its warm-up: remove it'): resume_run(run, 'cpu')
 
 @pytest.mark.parametrize('text', [b'', b'x', b'\x00\x01', b'{}\n'])
 def test_damaged_history(run, text):

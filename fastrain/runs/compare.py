@@ -199,7 +199,8 @@ def _attacks(run, method) -> dict: # `{name: title}`
 def _per_image(run, method):
     file = run.evaluation_folder(method)/'per_image.csv'
     if not file.is_file():
-        raise FileNotFoundError(f'{run.out} has no results by image for {method}: evaluate it first, fastrain evaluate {run.out}')
+        raise FileNotFoundError(f'{run.out} has no results by image for {method} ({file.name} is missing): evaluate it, '
+                                f'fastrain evaluate {run.out}')
     return pd.read_csv(file)
 
 def _pairs(methods, against=None) -> list:

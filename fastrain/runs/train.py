@@ -84,7 +84,8 @@ def _finish(run, attacks) -> list:
     return run.results
 
 def _mend(run):
-    "Write settings and history again if their files are missing"
+    "Write settings and history again if their files are missing; damaged ones are found before anything is trained"
+    run.results, run.evaluations
     if not (run.out/'settings.json').exists(): run.save()
     for method,rows in run.lost_rows().items(): _save_rows(run.out/'history.csv', method, rows)
 
