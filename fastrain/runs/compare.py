@@ -153,6 +153,7 @@ def _telling(ways) -> list:
 
 def _alike(a, b, words): return not any(k in words for k in _unlike(a, b))
 
+# %% ../../nbs/runs/compare.ipynb #c10c5007
 def _row(record) -> dict: # `{title: value}`
     "The figures of a method in the units in which they are printed"
     rows = [row for row in record['rows'] if row['kind'] != 'stage']
