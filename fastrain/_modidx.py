@@ -176,7 +176,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastrain.cli._lacks_memory': ('cli.html#_lacks_memory', 'fastrain/cli.py'),
                               'fastrain.cli._leave_quietly': ('cli.html#_leave_quietly', 'fastrain/cli.py'),
                               'fastrain.cli._message': ('cli.html#_message', 'fastrain/cli.py'),
-                              'fastrain.cli._not_empty': ('cli.html#_not_empty', 'fastrain/cli.py'),
                               'fastrain.cli._number': ('cli.html#_number', 'fastrain/cli.py'),
                               'fastrain.cli._parser': ('cli.html#_parser', 'fastrain/cli.py'),
                               'fastrain.cli._place': ('cli.html#_place', 'fastrain/cli.py'),

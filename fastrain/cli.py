@@ -44,7 +44,8 @@ def _given(**options): return {k: v for k,v in options.items() if v is not None}
 
 # %% ../nbs/cli.ipynb #058fa52d
 def train(
-    data:str=None, # Data set (digits, cifar10, cifar100, tiny-imagenet) or a folder of images with train/ and test/ or valid/ (default digits)
+    # Data set (digits, cifar10, cifar100, tiny-imagenet) or a folder of images with train/ and test/ or valid/ (default digits)
+    data:str=None,
     method:str=None, # Methods, comma-separated, compared from the same weights; see `fastrain methods` (default standard,at,at+train)
     out:str='runs/train', # Folder for checkpoints, results, pictures and report; must be new
     backbone:str=None, # Adversarial model: any timm name (default resnet18; digits: resnet10t_16)
@@ -187,13 +188,12 @@ def _place_in_run(run, chosen) -> tuple: # folder, 'methods' and 'which'
     from pathlib import Path
     from fastrain.runs.run import checkpoint_in_run
     if found := checkpoint_in_run(run):
-        _refuse(f'{run} is one model of a run already. Give the run itself to choose', **_not_empty(method=chosen['methods'], which=chosen['which']))
+        asked = dict(method=chosen['methods'], which=chosen['which'])
+        _refuse(f'{run} is one model of a run already. Give the run itself to choose', **{k: v for k,v in asked.items() if v})
         folder,method,kind = found
         return str(folder),dict(methods=[method], which=[kind])
     if ':' in run or Path(run).is_file(): raise ValueError(f'{run} is no run: say with --data what it is evaluated on')
     return run,chosen
-
-def _not_empty(**options): return {k: v for k,v in options.items() if v}
 
 def _show_rescored(table):
     print(table.to_string())
@@ -332,7 +332,8 @@ def _run(argv):
 
 def _usage():
     commands = '\n'.join(f'  {name:10} {f.__doc__}' for name,f in _commands.items())
-    return f'usage: fastrain COMMAND [OPTIONS]\n\n{commands}\n\nfastrain COMMAND --help explains each option, fastrain --version says which this is'
+    more = 'fastrain COMMAND --help explains each option, fastrain --version says which this is'
+    return f'usage: fastrain COMMAND [OPTIONS]\n\n{commands}\n\n{more}'
 
 def _version():
     from fastrain import __version__

@@ -332,8 +332,8 @@ def test_shell_evaluates_any_model(mine, tmp_path, monkeypatch, capsys):
 
 def test_shell_interrupted(run, monkeypatch):
     def stop(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'evaluate_run', stop)
-    with pytest.raises(SystemExit, match='The same command goes on'): shell(monkeypatch, 'evaluate', run)
+    monkeypatch.setattr(fastrain.runs.evaluate, 'evaluate_run', stop)
+    with pytest.raises(SystemExit, match='130'): shell(monkeypatch, 'evaluate', run)
 
 @pytest.mark.slow
 def test_shell_with_own_pieces(run, tmp_path, monkeypatch, capsys):
