@@ -206,7 +206,8 @@ def test_another_size_is_another_column(out):
     results = again(out, ['natural', 'pgd20'], eps='1/255', which=['last'])
     assert [list(r['last']['figures'])[:2] for r in results] == [['natural', 'pgd20@1/255']]*2
     r = known(out)['at']
-    assert {'pgd20', 'pgd20@1/255'} <= {*r['last']['figures']} and r['l_tp_attack'] == 'pgd20' and 'best' in r
+    assert {'pgd20', 'pgd20@1/255'} <= {*r['last']['figures']}
+    assert r['l_tp_attack'] == 'pgd20' and 'best' in r
     line = accuracy_line(out)
     assert 'ε = 0.15 where a column does not say otherwise' in line and 'step 0.015 (PGD-20), 0.000392 (PGD-20@1/255)' in line
     assert '| natural | PGD-20 | PGD-20@1/255 |' in (out/'report.md').read_text()
@@ -214,7 +215,8 @@ def test_another_size_is_another_column(out):
 def test_methods_and_checkpoints_stay(out):
     again(out, ['natural', 'fgsm'], methods=['at'], which=['last'])
     before = known(out)
-    assert list(before) == ['standard', 'at'] and 'fgsm' in before['at']['last']['figures'] and 'pgd20' in before['standard']['last']['figures']
+    assert list(before) == ['standard', 'at']
+    assert 'fgsm' in before['at']['last']['figures'] and 'pgd20' in before['standard']['last']['figures']
     again(out, ['natural', 'noise'], methods=['standard'])
     now = known(out)
     assert now['at'] == before['at'] and {'pgd20', 'noise'} <= {*now['standard']['last']['figures']}

@@ -120,13 +120,13 @@ def _replaced(ev, earlier) -> list:
 def _losses(ev, earlier):
     "Which earlier figures are no longer there, and why"
     lost = [a for k,a in earlier.attacks.items() if k not in ev.attacks and k not in earlier.columns]
-    if lost: yield str(Finding('earlier figures', f'{_titles(lost)} in this folder had been measured {earlier.why}, and are left out. {_REMEDY}'))
+    if lost: yield _note(lost, f'had been measured {earlier.why}, and are left out. Ask for them again to have them in the table')
     replaced = [earlier.attacks[k] for k in _replaced(ev, earlier)]
-    if replaced: yield str(Finding('earlier figures', f'{_titles(replaced)} in this folder had other settings, and are replaced'))
+    if replaced: yield _note(replaced, 'had other settings, and are replaced')
 
-def _titles(attacks): return ', '.join(a.title if a.eps is None else f'{a.title} (ε = {a.eps:.4g})' for a in attacks)
-
-_REMEDY = 'Ask for them again to have them in the table'
+def _note(attacks, what) -> str:
+    titles = [a.title if a.eps is None else f'{a.title} (ε = {a.eps:.4g})' for a in attacks]
+    return str(Finding('earlier figures', f'{", ".join(titles)} in this folder {what}'))
 
 # %% ../../nbs/evaluation/earlier.ipynb #6e185446
 def save_beside(ev:Evaluation, out):

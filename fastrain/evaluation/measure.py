@@ -121,6 +121,7 @@ def _pixels_hash(x:Tensor, y:Tensor) -> str:
     of_images = zlib.crc32(x.detach().cpu().contiguous().numpy())
     return f'{zlib.crc32(y.cpu().numpy(), of_images):08x}'
 
+# %% ../../nbs/evaluation/measure.ipynb #cc40e0e0
 class Store:
     "Where the batches of a measurement are kept: a folder, or nowhere"
     def __init__(self, folder=None):
@@ -314,7 +315,7 @@ def measure(
     seed:int=0, # Of random starts
     progress:bool=True, # Show a bar with the time left?
     watch=lambda i, x, y: None # Called with each batch
-) -> list: # For each job a dictionary of columns over the images, with 'flags', 'seconds' and 'files'; None where `earlier` parts do not fit
+) -> list: # For each job columns over the images, with 'flags', 'seconds' and 'files'; None where `earlier` parts do not fit
     "Run all jobs on all batches"
     store = store or Store()
     models = list({id(j.model): j.model for j in jobs}.values())

@@ -158,6 +158,7 @@ def _title_text(run):
     numbers = dict(eps=f'{r.eps:.4g}', alpha=f'{r.alpha:.3g}')
     return _TITLE.substitute(r.settings() | numbers, methods=', '.join(run.methods))
 
+# %% ../../nbs/runs/report.ipynb #29cb37aa
 def _accuracy_text(title, results):
     which = next(w for w in CHECKPOINTS if w in results[0])
     results = [r for r in results if which in r]
@@ -180,12 +181,15 @@ def _attacks_text(results):
 
 def _method_text(r): return sections(f'### {r["method"]}', evaluation_text(r['last']) if 'last' in r else '')
 
+# %% ../../nbs/runs/report.ipynb #76d7466d
 def _fewer_text(results):
     "Evaluations that were asked for on a part of the images"
     tables = []
     for r in results:
         for which,records in r.get('fewer', {}).items():
-            for record in records: tables.append(sections(f'### {r["method"]}, {_epochs[which]}, {record["n"]} images', evaluation_text(record)))
+            for record in records:
+                heading = f'### {r["method"]}, {_epochs[which]}, {record["n"]} images'
+                tables.append(sections(heading, evaluation_text(record)))
     return _FEWER.substitute(tables=sections(*tables)) if tables else ''
 
 _epochs = dict(last='last epoch', best='best epoch', average='averaged weights')
