@@ -78,15 +78,23 @@ def test_what_does_not_hold_is_left_out(tmp_path, change, why):
         'Ask for them again to have them in the table']
     assert 'fgsm' not in pd.read_csv(tmp_path/'per_image.csv') and ev.notes == []
 
-def test_figures_of_an_older_version(tmp_path):
-    run(attacks='natural,fgsm', out=tmp_path)
-    for f in (tmp_path/'parts').rglob('*.pt'):
+def as_an_older_version(out):
+    "Which kept no answers"
+    for f in (out/'parts').rglob('*.pt'):
         part = torch.load(f)
         del part['answer']
         torch.save(part, f)
-    run(attacks='natural,pgd2', out=tmp_path)
-    note, = read_evaluation(tmp_path)['notes']
-    assert 'FGSM (ε = 0.06) in this folder had been measured by an older fastrain' in note
+
+@pytest.mark.parametrize('attacks, change, kept, why', [
+    ('natural,fgsm', keeps, True, ''), ('natural,fgsm', inverts, False, 'on another model'), ('fgsm', keeps, False, 'by an older fastrain')])
+def test_figures_of_an_older_version(tmp_path, attacks, change, kept, why):
+    "Natural images tell whether the model is the same; without them nothing does"
+    run(hooked(keeps), attacks=attacks, out=tmp_path)
+    as_an_older_version(tmp_path)
+    run(hooked(change), attacks='natural,pgd2', out=tmp_path)
+    record = read_evaluation(tmp_path)
+    assert ('fgsm' in record['figures']) == kept and len(record['notes']) == (not kept)
+    if why: assert f'FGSM (ε = 0.06) in this folder had been measured {why}' in record['notes'][0]
 
 def test_measures_stay_on_their_attack(tmp_path):
     "An attack that is added does not turn L_TP under PGD-20 into another"
@@ -250,6 +258,14 @@ def test_evaluated_by_todays_main_with_a_size(out):
     (out/'evaluation.json').write_text(json.dumps(results))
     write_report(Run(out))
     assert 'ε = 0.003922; step 0.000392' in accuracy_line(out)
+
+def test_l_tp_says_whose_images(out):
+    results = json.loads((out/'results.json').read_text())
+    of = results[1]['last']
+    of['settings']['l_tp_attack'] = 'natural'
+    (out/'evaluation.json').write_text(json.dumps(results))
+    write_report(Run(out))
+    assert 'against the PGD-20 (standard) or natural (at) features' in accuracy_line(out)
 
 def test_one_at_a_time(out):
     with Run(out).lock(): pass

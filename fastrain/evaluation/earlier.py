@@ -62,10 +62,16 @@ class Earlier:
         "Keep what `measure` made of its own jobs, which come first, and return the rest"
         mine,rest = results[:len(self.jobs)],results[len(self.jobs):]
         self.columns = {job.name: c for job,c in zip(self.jobs, mine) if c is not None}
-        lost = [job for job in self.jobs if job.name not in self.columns]
-        if lost: self.why = 'on another model, on other images or in other batches'
-        if any(map(self._is_old, lost)): self.why = 'by an older fastrain'
+        if len(self.columns) < len(mine): self.why = 'on another model, on other images or in other batches'
+        if 'natural' not in self.columns: self._leave_out_old()
         return rest
+
+    def _leave_out_old(self):
+        "What older versions kept can be told to be of this model by natural images alone"
+        for job in self.jobs:
+            if job.name not in self.columns or not self._is_old(job): continue
+            del self.columns[job.name]
+            self.why = self.why or 'by an older fastrain'
 
     def _is_old(self, job) -> bool:
         "Of a version that did not keep what the model answered"

@@ -172,9 +172,16 @@ def _accuracy_text(title, results):
 def _l_tp_text(results, which):
     anchors = {r['anchor'] for r in results if r.get('anchor')}
     if not anchors: return ''
-    first = results[0]
-    title = next((row['title'] for row in first[which]['rows'] if row['name'] == first['l_tp_attack']), first['l_tp_attack'])
-    return _L_TP.substitute(bs=first['bs'], attack=title, anchors=' or '.join(sorted(anchors)))
+    on = {}
+    for r in results: on.setdefault(_measured_on(r[which], r['l_tp_attack']), []).append(r['method'])
+    several = [f'{title} ({", ".join(methods)})' for title,methods in on.items()]
+    attack = ' or '.join(several) if len(on) > 1 else next(iter(on))
+    return _L_TP.substitute(bs=results[0]['bs'], attack=attack, anchors=' or '.join(sorted(anchors)))
+
+def _measured_on(record, name) -> str:
+    "The title of the attack that L_TP of a record is of"
+    name = record['settings'].get('l_tp_attack', name)
+    return next((row['title'] for row in record['rows'] if row['name'] == name), name)
 
 def _attacks_text(results):
     return '## Attack by attack\n\nAfter the last epoch.\n\n' + sections(*(_method_text(r) for r in results))
