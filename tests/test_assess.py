@@ -14,7 +14,7 @@ from fastrain.core import save_tensors
 from fastrain.evaluation.record import read_evaluation
 from fastrain.evaluation.scores import mcnemar
 from fastrain.models.backbone import create_backbone
-from fastrain.runs.compare import _figures, _pairs, compare_runs, paired
+from fastrain.runs.compare import _figures, _measured, _pairs, compare_runs, paired
 from fastrain.runs.evaluate import evaluate_any, evaluate_run, load_any, rescore_run
 from fastrain.runs.gallery import Exhibits, draw_pictures, picture, pictures
 from fastrain.runs.recipe import make_recipe
@@ -155,7 +155,7 @@ def test_evaluate_any(mine, tmp_path):
 
 def test_compare(runs, tmp_path):
     table = compare_runs([runs/'seed3', runs/'seed4'], tmp_path/'both')
-    df = _figures([Run(runs/'seed3'), Run(runs/'seed4')])
+    df = _figures(_measured([Run(runs/'seed3'), Run(runs/'seed4')]))
     natural = df[df.method == 'at'].natural
     assert list(table.index) == list(METHODS) and set(table.seeds) == {2}
     assert table.loc['at', 'natural'] == f'{natural.mean():.2f} ± {natural.std():.2f}'
@@ -181,6 +181,87 @@ def test_compare_other_images(run, tmp_path):
     with pytest.raises(ValueError, match='other images'): paired(Run(run), 'at', 'at+train')
     for runs,error in (([], ValueError), ([tmp_path/'none'], FileNotFoundError)):
         with pytest.raises(error): compare_runs(runs, tmp_path/'out')
+
+def copied(run, folder, change=None):
+    "A copy of a run, with other settings"
+    shutil.copytree(run, folder)
+    saved = json.loads((folder/'settings.json').read_text())
+    saved['recipe'].update(change or {})
+    (folder/'settings.json').write_text(json.dumps(saved))
+    return folder
+
+def rewrite(run, change):
+    "The records of a run, changed as if it had been evaluated otherwise"
+    saved = json.loads((run/'results.json').read_text())
+    for r in saved: change(r['last'])
+    (run/'results.json').write_text(json.dumps(saved))
+
+def other_eps(record):
+    for row in record['rows']:
+        if row['name'] == 'pgd20': row.update(eps=1/255, alpha=.1/255, settings='PGD(eps=0.0039)')
+
+def other_images(record): record.update(n=30, settings=record['settings'] | dict(subset='balanced-30-abc'))
+
+def other_steps(record):
+    for row in record['rows']:
+        if row['name'] == 'pgd20': row.update(steps=7)
+
+def test_compare_a_copy(runs, tmp_path):
+    "A folder that was copied is no second seed, and a run given twice is one"
+    copy = copied(runs/'seed3', tmp_path/'copy')
+    with pytest.raises(ValueError, match='seed3 and copy have the same settings and the same seed, 3, so that standard would count twice'):
+        compare_runs([runs/'seed3', copy], tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+    assert set(compare_runs([runs/'seed3', runs/'seed4'/'..'/'seed3'], tmp_path/'out').seeds) == {1}
+
+@pytest.mark.parametrize('change, match', [
+    (other_eps, 'PGD-20 of standard in seed3 and of standard in run differs in more than the seed: '
+                'ε 0.15 and 0.003922, step 0.015 and 0.0003922'),
+    (other_steps, 'differs in more than the seed: steps 20 and 7. Evaluate both in the same way'),
+    (other_images, r'standard of seed3 was evaluated on 40 test images \(all\), standard of run on 30 test images \(balanced-30-abc\)')])
+def test_compare_what_was_measured_otherwise(runs, tmp_path, change, match):
+    run = copied(runs/'seed4', tmp_path/'run')
+    rewrite(run, change)
+    with pytest.raises(ValueError, match=match): compare_runs([runs/'seed3', run], tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+def test_compare_experiments_that_were_attacked_otherwise(runs, tmp_path):
+    "Each ε has a column"
+    run = copied(runs/'seed4', tmp_path/'run', dict(lam=7.))
+    rewrite(run, other_eps)
+    table = compare_runs([runs/'seed3', run], tmp_path/'out')
+    assert {'PGD-20 (ε = 0.15)', 'PGD-20 (ε = 0.003922)'} <= {*table.columns} and 'PGD-20' not in table
+    assert table.loc['seed3: at', 'PGD-20 (ε = 0.003922)'] == table.loc['run: at', 'PGD-20 (ε = 0.15)'] == ''
+
+def test_compare_a_figure_of_some_seeds(runs, tmp_path):
+    run = copied(runs/'seed4', tmp_path/'run')
+    def fewer(record):
+        record['rows'] = [row for row in record['rows'] if row['name'] != 'pgd20']
+        del record['figures']['pgd20'], record['figures']['l_tp']
+    rewrite(run, fewer)
+    table = compare_runs([runs/'seed3', run], tmp_path/'out')
+    assert table.loc['at', 'PGD-20'].endswith(' (of 1)') and '±' in table.loc['at', 'natural']
+    assert 'of so many of the seeds' in (tmp_path/'out'/'report.md').read_text()
+
+def test_compare_runs_of_one_name(runs, tmp_path):
+    "They are told apart by their folders"
+    a,b = copied(runs/'seed3', tmp_path/'a'/'run'),copied(runs/'seed4', tmp_path/'b'/'run', dict(lam=7.))
+    table = compare_runs([a, b], tmp_path/'out')
+    assert set(table.seeds) == {1} and f'{b}: at' in table.index and '| lam | 5.0 | 7.0 |' in (tmp_path/'out'/'report.md').read_text()
+
+def test_compare_writes_over_nothing(runs, run, tmp_path):
+    before = (run/'report.md').read_text()
+    with pytest.raises(FileExistsError, match='holds a run or an evaluation.*choose another folder'):
+        compare_runs([runs/'seed3', runs/'seed4'], run)
+    assert (run/'report.md').read_text() == before
+
+def test_paired_under_other_attacks(runs, tmp_path):
+    run = copied(runs/'seed4', tmp_path/'run')
+    saved = json.loads((run/'results.json').read_text())
+    other_eps(saved[1]['last'])
+    (run/'results.json').write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match='PGD-20 of at in run and of at\\+train in run differs .* ε 0.003922 and 0.15'):
+        paired(Run(run), 'at', 'at+train')
 
 def test_pairs():
     assert _pairs(['at', 'trades', 'at+train', 'trades+lbgat', 'trades+lbgat+train']) == [

@@ -49,7 +49,8 @@ def holder(new):
 def test_one_process_at_a_time(new, holder):
     "Another one is told who has the folder, and changes nothing; when that one is killed, the folder is free"
     before = files_of(new.out)
-    with pytest.raises(BlockingIOError, match=rf'in use by process {holder.pid} on .*give the same command again'): resume_run(new.out, 'cpu')
+    told = rf'in use by process {holder.pid} on .*give the same command again'
+    with pytest.raises(BlockingIOError, match=told): resume_run(new.out, 'cpu')
     with pytest.raises(BlockingIOError): Run(new.out).add(['trades'])
     assert files_of(new.out) == before
     holder.send_signal(signal.SIGKILL)
@@ -101,7 +102,8 @@ def edit(file, change):
 @pytest.mark.parametrize('settings, match', [
     (dict(eps=.3, bs=32), r'eps: 0.15 there, 0.3 now; bs: 16 there, 32 now\. Leave these options out'),
     (dict(epochs=1), 'epochs: 2 there, 1 now'), (dict(epochs=3, seed=5), 'epochs: 2 there, 3 now; seed: 1 there, 5 now'),
-    (dict(profile='las'), r'backbone: .resnet10t_16. there, .wide_resnet34_10. now'), (dict(data='cifar10'), "data: 'digits' there, 'cifar10' now"),
+    (dict(profile='las'), r'backbone: .resnet10t_16. there, .wide_resnet34_10. now'),
+    (dict(data='cifar10'), "data: 'digits' there, 'cifar10' now"),
     (dict(eps=-1), 'eps=-1: expected'), (dict(epsilon=1), "Unknown setting 'epsilon'")])
 def test_resume_with_other_settings(run, settings, match):
     before = files_of(run)
@@ -110,13 +112,15 @@ def test_resume_with_other_settings(run, settings, match):
 
 def test_resume_with_other_attacks(run):
     before = files_of(run)
-    with pytest.raises(ValueError, match=r"attacks: \['natural', 'pgd2'\] there, .*fastrain evaluate"): resume_run(run, 'cpu', attacks=['natural', 'fgsm'])
+    with pytest.raises(ValueError, match=r"attacks: \['natural', 'pgd2'\] there, .*fastrain evaluate"):
+        resume_run(run, 'cpu', attacks=['natural', 'fgsm'])
     assert files_of(run) == before
 
 def test_resume_with_the_same_settings(run):
     "The command that made it, once more"
     before = files_of(run)
-    resume_run(run, 'cpu', ['at+train'], ['pgd2', 'natural'], dict(TINY, drops=[1], data='digits', profile='digits') | dict(epochs=2, bs=16))
+    given = dict(TINY, drops=[1], data='digits', profile='digits') | dict(epochs=2, bs=16)
+    resume_run(run, 'cpu', ['at+train'], ['pgd2', 'natural'], given)
     changed = {f for f,data in files_of(run).items() if before.get(f) != data}
     assert not changed - {'report.md', 'report.html'}
 
@@ -145,7 +149,7 @@ def test_shell_resumes(run, monkeypatch, capsys):
     def shell(*args):
         monkeypatch.setattr(sys, 'argv', ['fastrain', 'train', '--out', str(run), '--resume', '--device', 'cpu', *args])
         cli.main()
-    with pytest.raises(SystemExit, match='eps: 0.15 there, 0.3 now; epochs: 2 there, 99 now|epochs: 2 there, 99 now; eps: 0.15 there, 0.3 now'):
+    with pytest.raises(SystemExit, match='epochs: 2 there, 99 now; eps: 0.15 there, 0.3 now'):
         shell('--eps', '.3', '--epochs', '99')
     shell('--eps', '.15', '--epochs', '2', '--backbone', 'resnet10t_16', '--attacks', 'natural,pgd2')
     assert 'pgd2' in capsys.readouterr().out.lower().replace('-', '')
@@ -189,7 +193,8 @@ def test_evaluate_without_one_file(run, file):
     before = figures(run)
     (run/file).unlink()
     if file == 'results.json':
-        with pytest.raises(FileNotFoundError, match='it was removed. Continue it with --resume'): evaluate_run(run, ['natural', 'pgd2'], device='cpu')
+        with pytest.raises(FileNotFoundError, match='it was removed. Continue it with --resume'):
+            evaluate_run(run, ['natural'], device='cpu')
         return
     evaluate_run(run, ['natural', 'pgd2'], device='cpu', pictures='all', progress=False)
     assert figures(run) == before
@@ -211,12 +216,12 @@ def test_settings_of_an_old_run_are_lost(run):
 
 # --- damaged files
 
-DAMAGE = [b'', b'{', b'[1,2]', b'{}', b'5', b'null', b'"x"', b'[{}]', b'[{"method": 5}]', b'\xff\xfe\x00', b'{"recipe": {}, "methods": ["at"]}',
-          b'{"recipe": 5, "methods": ["at"]}', b'[' * 3000]
+DAMAGE = [b'', b'{', b'[1,2]', b'{}', b'5', b'null', b'"x"', b'[{}]', b'[{"method": 5}]', b'\xff\xfe\x00',
+          b'{"recipe": {}, "methods": ["at"]}', b'{"recipe": 5, "methods": ["at"]}', b'[' * 3000]
 
 def one_line(e): return '\n' not in str(e.value) and 'Error(' not in str(e.value)
 
-@pytest.mark.parametrize('file', ['settings.json', 'results.json'])
+@pytest.mark.parametrize('file', ['settings.json', 'results.json', 'evaluation.json'])
 @pytest.mark.parametrize('text', DAMAGE)
 def test_damaged_json(run, file, text):
     (run/file).write_bytes(text)
@@ -234,6 +239,13 @@ def test_damaged_settings(run, change, match):
     with pytest.raises(ValueError, match=match) as e: resume_run(run, 'cpu')
     assert one_line(e) and str(run/'settings.json') in str(e.value)
 
+@pytest.mark.parametrize('state', [[1, 2], {}, 5])
+def test_warm_up_of_another_kind(run, state):
+    import torch
+    for file in ('results.json', 'checkpoints/at+train/last.pt'): (run/file).unlink()
+    torch.save(state, run/'checkpoints'/'warm.pt')
+    with pytest.raises(ValueError, match='warm.pt is no standard model after its warm-up: remove it'): resume_run(run, 'cpu')
+
 @pytest.mark.parametrize('text', [b'', b'x', b'\x00\x01', b'{}\n'])
 def test_damaged_history(run, text):
     (run/'history.csv').write_bytes(text)
@@ -243,4 +255,5 @@ def test_damaged_history(run, text):
 def test_checkpoint_of_another_kind(run, state):
     import torch
     torch.save(state, run/'checkpoints'/'at+train'/'last.pt')
-    with pytest.raises(ValueError, match=r'last.pt is no checkpoint of a run: it has no .*Put a copy of it back, or remove it'): Run(run).model('at+train')
+    with pytest.raises(ValueError, match=r'last.pt is no checkpoint of a run: it has no .*Put a copy of it back, or remove it'):
+        Run(run).model('at+train')

@@ -71,8 +71,8 @@ def _find_settings(out) -> dict: # 'recipe', 'methods', 'environment'
     for last in reversed(found):
         if about := _about(last): return _read_settings(about, last)
     if not found: raise FileNotFoundError(f'{out} is no run: it has no settings.json')
-    raise FileNotFoundError(f'{out} has no settings.json, and its checkpoints are of a version that did not keep it: put a copy of it back. '
-                            'The settings also stand in report.md')
+    raise FileNotFoundError(f'{out} has no settings.json, and its checkpoints are of a version that did not keep it: '
+                            'put a copy of it back. The settings also stand in report.md')
 
 def _about(last):
     "The settings of the run in a checkpoint; None if it is damaged or of an earlier version"
@@ -208,6 +208,7 @@ def _check_new(self:Run):
         raise FileExistsError(f'{self.out} exists already. Choose another folder, '
                               'or continue that run with --resume (Python: `resume_run`)')
 
+# %% ../../nbs/runs/run.ipynb #c10c3008
 @patch
 def add(self:Run, methods):
     "Enter those methods that the run lacks into its settings, so that they are trained, too"

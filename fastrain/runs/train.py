@@ -19,6 +19,8 @@ from .recipe import Recipe, bound_to_length, given_settings, make_recipe, monito
 from .run import Run, read_history
 from ..training.callback import history
 from ..training.checkpoint import Checkpoint
+from ..training.progress import TimeLeft
+from ..training.standard import is_trained
 
 # %% ../../nbs/runs/train.ipynb #ef316f74
 class History(Callback):
@@ -51,10 +53,10 @@ def _save_rows(path, method:str, rows:pd.DataFrame):
     save_text(path, rows.to_csv(index=False))
 
 # %% ../../nbs/runs/train.ipynb #b804d864
-def train_method(run:Run, method:str):
+def train_method(run:Run, method:str, cbs=()):
     "Train a method of a run, from where it is; its learner"
     dls,m = run.restart(),run.parsed(method)
-    cbs = [History(run.out/'history.csv', method, run.plain_settings())]
+    cbs = [History(run.out/'history.csv', method, run.plain_settings()), *cbs]
     learn = recipe_learner(run.recipe, m, dls, cbs, keep=run.out/'checkpoints'/'warm.pt')
     longer = not bound_to_length(run.recipe, [m])
     recipe_fit(run.recipe, learn, [Checkpoint(run.folder(method), monitor(learn), resume=True, longer=longer)])
@@ -72,18 +74,28 @@ def _finish(run, attacks) -> list:
     "Do what is left of a run"
     with run.lock():
         _mend(run)
+        left = _time_left(run)
         for method in run.methods:
             if _is_done(run, method): continue
             print(f'\n{method} ({run.recipe.backbone}, {run.recipe.epochs} epochs)')
-            learn = train_method(run, method)
+            learn = train_method(run, method, [left])
             _enter(run, _record(run, method, learn, attacks))
         show_run(run, run.results, 'all')
     return run.results
 
 def _mend(run):
-    "Write settings and history again if their files are missing"
+    "Write settings and history again if their files are missing; damaged ones are found before anything is trained"
+    run.results, run.evaluations
     if not (run.out/'settings.json').exists(): run.save()
     for method,rows in run.lost_rows().items(): _save_rows(run.out/'history.csv', method, rows)
+
+def _time_left(run) -> TimeLeft:
+    "For all methods that are not trained yet, and the warm-up that they share"
+    todo = [run.parsed(m) for m in run.methods if not _is_done(run, m)]
+    warm = run.out/'checkpoints'/'warm.pt'
+    shared = any(m.needs_standard and not m.together for m in todo) and not is_trained(run.recipe.standard) and not warm.is_file()
+    warmup = run.recipe.warmup if shared else 0
+    return TimeLeft(run.recipe.epochs*len(todo) + warmup, warmup, warm)
 
 def _is_done(run, method):
     return any(r['method'] == method and _last_epoch(r) >= run.recipe.epochs for r in run.results)

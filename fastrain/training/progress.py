@@ -13,8 +13,7 @@ from statistics import mean
 
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.learner import Recorder, defaults
-from fastcore.basics import noop
+from fastai.learner import Recorder, defaults, noop # fastai's own `noop`: `no_logging` is told by it
 from fastprogress import fastprogress
 
 # %% ../../nbs/training/progress.ipynb #da400006
@@ -82,7 +81,7 @@ class LogRows(Callback):
     def after_fit(self): self.learn.logger = self.logger
 
 # %% ../../nbs/training/progress.ipynb #da40000a
-_known = '`torch.jit.script` is deprecated', 'The PyTorch API of nested tensors' # of libraries, about themselves
+_known = '`torch.jit.script` is deprecated', 'The PyTorch API of nested tensors', 'Image size .* exceeds limit' # of libraries, for others
 
 @contextmanager
 def plain_output():

@@ -137,6 +137,8 @@ def _save_warm(self:StandardPolicy, path):
 
 @patch
 def _load_warm(self:StandardPolicy, state):
+    if not isinstance(state, dict) or not {'model', 'opt'} <= state.keys():
+        raise ValueError(f'{self.keep} is no standard model after its warm-up: remove it, and the warm-up is made again')
     load_weights(self.model, state['model'])
     if self.learner.opt: self.learner.opt.load_state_dict(state['opt'])
 
