@@ -280,6 +280,7 @@ def test_every_picture_says_what_is_missing(tmp_path):
 def test_own_picture(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     monkeypatch.setitem(pictures, 'mine', None)
+    del pictures['mine'] # and it is gone again after the test
     @picture
     def mine(e): return Figure()
     assert draw_pictures('mine', None, tmp_path) == [tmp_path/'mine.png'] and (tmp_path/'mine.png').stat().st_size > 0
@@ -332,7 +333,7 @@ def test_shell_evaluates_any_model(mine, tmp_path, monkeypatch, capsys):
 
 def test_shell_interrupted(run, monkeypatch):
     def stop(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'evaluate_run', stop)
+    monkeypatch.setattr(fastrain.runs.evaluate, 'evaluate_run', stop)
     with pytest.raises(SystemExit, match='The same command goes on'): shell(monkeypatch, 'evaluate', run)
 
 @pytest.mark.slow

@@ -115,6 +115,7 @@ def evaluate_run(
         show_run(run, [_with_earlier(run, r) for r in results], pictures, shown)
     return results
 
+# %% ../../nbs/runs/evaluate.ipynb #754f666b
 def _checked(run, pictures, attacks):
     "Pictures and attacks, if these pictures can be made of them and of what there is"
     measures = [k for k,a in attacks.items() if a is None]
