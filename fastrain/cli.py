@@ -113,9 +113,10 @@ def _show(results, out):
 _epochs = dict(last='after the last epoch', best='best epoch', average='averaged weights')
 
 def _heading(first, which):
+    from fastrain.evaluation.tables import sizes_text
     e = first[which]
-    return (f'In % on {e["n"]} test images ({e["settings"]["subset"]}), {_epochs[which]} (ε = {first["eval_eps"]:.4g}); '
-            f'L_TP of test batches of {first["bs"]}')
+    images = f'In % on {e["n"]} test images ({e["settings"]["subset"]}), {_epochs[which]}'
+    return '; '.join(filter(None, [images, sizes_text([e]), f'L_TP of test batches of {first["bs"]}']))
 
 # %% ../nbs/cli.ipynb #6eb1ba7a
 def evaluate(

@@ -280,6 +280,7 @@ def test_every_picture_says_what_is_missing(tmp_path):
 def test_own_picture(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     monkeypatch.setitem(pictures, 'mine', None)
+    del pictures['mine'] # and it is gone again after the test
     @picture
     def mine(e): return Figure()
     assert draw_pictures('mine', None, tmp_path) == [tmp_path/'mine.png'] and (tmp_path/'mine.png').stat().st_size > 0
@@ -330,10 +331,11 @@ def test_shell_evaluates_any_model(mine, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match='--data'): shell(monkeypatch, 'evaluate', f'{mine}:make')
     with pytest.raises(SystemExit, match='another figure'): shell(monkeypatch, *args, '--rescore') # other random weights
 
-def test_shell_interrupted(run, monkeypatch):
+def test_shell_interrupted(run, monkeypatch, capsys):
     def stop(*args, **kwargs): raise KeyboardInterrupt
     monkeypatch.setattr(fastrain.runs.evaluate, 'evaluate_run', stop)
     with pytest.raises(SystemExit, match='130'): shell(monkeypatch, 'evaluate', run)
+    assert 'The same command goes on' in capsys.readouterr().err
 
 @pytest.mark.slow
 def test_shell_with_own_pieces(run, tmp_path, monkeypatch, capsys):

@@ -307,12 +307,10 @@ class BatchNormed(nn.Module):
         x = self.model.bn2(self.model.conv2(x)).relu()
         return self.model.fc(self.model.pool(x).flatten(1))
 
-@pytest.mark.parametrize('forced, match', [(False, 'for 2 BatchNorm layers \\(model.bn1, ...\\)'), (True, 'as with a BatchNorm that stays')])
+@pytest.mark.parametrize('forced, match', [
+    (False, 'for 2 BatchNorm layers \\(model.bn1, ...\\)'), (True, 'as with a BatchNorm that stays')])
 def test_batch_statistics(standard, forced, match):
     model = BatchNormed(copy.deepcopy(standard), forced)
-    by_size = {bs: evaluate(model, list(zip(*(t.split(bs) for t in digits('test', 120)))), 'natural', checks=False, progress=False)['natural']
-               for bs in (2, 60)}
-    assert forced or by_size[2] != by_size[60] # which is what the note is about
     found = [f for f in sanity_checks(model, *digits('test', 64), .06) if f.name == 'batch statistics']
     assert len(found) == 1 and re.search(match, found[0].text) and 'depends on the batch size' in found[0].text
 

@@ -78,15 +78,23 @@ def test_what_does_not_hold_is_left_out(tmp_path, change, why):
         'Ask for them again to have them in the table']
     assert 'fgsm' not in pd.read_csv(tmp_path/'per_image.csv') and ev.notes == []
 
-def test_figures_of_an_older_version(tmp_path):
-    run(attacks='natural,fgsm', out=tmp_path)
-    for f in (tmp_path/'parts').rglob('*.pt'):
+def as_an_older_version(out):
+    "Which kept no answers"
+    for f in (out/'parts').rglob('*.pt'):
         part = torch.load(f)
         del part['answer']
         torch.save(part, f)
-    run(attacks='natural,pgd2', out=tmp_path)
-    note, = read_evaluation(tmp_path)['notes']
-    assert 'FGSM (ε = 0.06) in this folder had been measured by an older fastrain' in note
+
+@pytest.mark.parametrize('attacks, change, kept, why', [
+    ('natural,fgsm', keeps, True, ''), ('natural,fgsm', inverts, False, 'on another model'), ('fgsm', keeps, False, 'by an older fastrain')])
+def test_figures_of_an_older_version(tmp_path, attacks, change, kept, why):
+    "Natural images tell whether the model is the same; without them nothing does"
+    run(hooked(keeps), attacks=attacks, out=tmp_path)
+    as_an_older_version(tmp_path)
+    run(hooked(change), attacks='natural,pgd2', out=tmp_path)
+    record = read_evaluation(tmp_path)
+    assert ('fgsm' in record['figures']) == kept and len(record['notes']) == (not kept)
+    if why: assert f'FGSM (ε = 0.06) in this folder had been measured {why}' in record['notes'][0]
 
 def test_measures_stay_on_their_attack(tmp_path):
     "An attack that is added does not turn L_TP under PGD-20 into another"
@@ -206,7 +214,8 @@ def test_another_size_is_another_column(out):
     results = again(out, ['natural', 'pgd20'], eps='1/255', which=['last'])
     assert [list(r['last']['figures'])[:2] for r in results] == [['natural', 'pgd20@1/255']]*2
     r = known(out)['at']
-    assert {'pgd20', 'pgd20@1/255'} <= {*r['last']['figures']} and r['l_tp_attack'] == 'pgd20' and 'best' in r
+    assert {'pgd20', 'pgd20@1/255'} <= {*r['last']['figures']}
+    assert r['l_tp_attack'] == 'pgd20' and 'best' in r
     line = accuracy_line(out)
     assert 'ε = 0.15 where a column does not say otherwise' in line and 'step 0.015 (PGD-20), 0.000392 (PGD-20@1/255)' in line
     assert '| natural | PGD-20 | PGD-20@1/255 |' in (out/'report.md').read_text()
@@ -214,7 +223,8 @@ def test_another_size_is_another_column(out):
 def test_methods_and_checkpoints_stay(out):
     again(out, ['natural', 'fgsm'], methods=['at'], which=['last'])
     before = known(out)
-    assert list(before) == ['standard', 'at'] and 'fgsm' in before['at']['last']['figures'] and 'pgd20' in before['standard']['last']['figures']
+    assert list(before) == ['standard', 'at']
+    assert 'fgsm' in before['at']['last']['figures'] and 'pgd20' in before['standard']['last']['figures']
     again(out, ['natural', 'noise'], methods=['standard'])
     now = known(out)
     assert now['at'] == before['at'] and {'pgd20', 'noise'} <= {*now['standard']['last']['figures']}
@@ -248,6 +258,14 @@ def test_evaluated_by_todays_main_with_a_size(out):
     (out/'evaluation.json').write_text(json.dumps(results))
     write_report(Run(out))
     assert 'ε = 0.003922; step 0.000392' in accuracy_line(out)
+
+def test_l_tp_says_whose_images(out):
+    results = json.loads((out/'results.json').read_text())
+    of = results[1]['last']
+    of['settings']['l_tp_attack'] = 'natural'
+    (out/'evaluation.json').write_text(json.dumps(results))
+    write_report(Run(out))
+    assert 'against the PGD-20 (standard) or natural (at) features' in accuracy_line(out)
 
 def test_one_at_a_time(out):
     with Run(out).lock(): pass

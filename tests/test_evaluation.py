@@ -519,8 +519,13 @@ def test_standard_model_and_support_are_asked_again(tmp_path):
 def test_features_are_asked_again(tmp_path):
     "The layer that counts as classifier changes, and with it features; no logit does"
     class Picks(nn.Module):
-        def __init__(self, i): super().__init__(); self.model,self.pick = trained(),[lambda m: m.fc, lambda m: m.extra][i]; self.model.extra = nn.Linear(3, 2)
-        def forward(self, x): self.model.extra(x.flatten(2).mean(2)); return self.model(x)
+        def __init__(self, i):
+            super().__init__()
+            self.model,self.pick = trained(),[lambda m: m.fc, lambda m: m.extra][i]
+            self.model.extra = nn.Linear(3, 2)
+        def forward(self, x):
+            self.model.extra(x.flatten(2).mean(2))
+            return self.model(x)
         def get_classifier(self): return self.pick(self.model)
     first,second = Picks(0),Picks(1)
     second.load_state_dict(first.state_dict())

@@ -62,10 +62,16 @@ class Earlier:
         "Keep what `measure` made of its own jobs, which come first, and return the rest"
         mine,rest = results[:len(self.jobs)],results[len(self.jobs):]
         self.columns = {job.name: c for job,c in zip(self.jobs, mine) if c is not None}
-        lost = [job for job in self.jobs if job.name not in self.columns]
-        if lost: self.why = 'on another model, on other images or in other batches'
-        if any(map(self._is_old, lost)): self.why = 'by an older fastrain'
+        if len(self.columns) < len(mine): self.why = 'on another model, on other images or in other batches'
+        if 'natural' not in self.columns: self._leave_out_old()
         return rest
+
+    def _leave_out_old(self):
+        "What older versions kept can be told to be of this model by natural images alone"
+        for job in self.jobs:
+            if job.name not in self.columns or not self._is_old(job): continue
+            del self.columns[job.name]
+            self.why = self.why or 'by an older fastrain'
 
     def _is_old(self, job) -> bool:
         "Of a version that did not keep what the model answered"
@@ -120,13 +126,13 @@ def _replaced(ev, earlier) -> list:
 def _losses(ev, earlier):
     "Which earlier figures are no longer there, and why"
     lost = [a for k,a in earlier.attacks.items() if k not in ev.attacks and k not in earlier.columns]
-    if lost: yield str(Finding('earlier figures', f'{_titles(lost)} in this folder had been measured {earlier.why}, and are left out. {_REMEDY}'))
+    if lost: yield _note(lost, f'had been measured {earlier.why}, and are left out. Ask for them again to have them in the table')
     replaced = [earlier.attacks[k] for k in _replaced(ev, earlier)]
-    if replaced: yield str(Finding('earlier figures', f'{_titles(replaced)} in this folder had other settings, and are replaced'))
+    if replaced: yield _note(replaced, 'had other settings, and are replaced')
 
-def _titles(attacks): return ', '.join(a.title if a.eps is None else f'{a.title} (ε = {a.eps:.4g})' for a in attacks)
-
-_REMEDY = 'Ask for them again to have them in the table'
+def _note(attacks, what) -> str:
+    titles = [a.title if a.eps is None else f'{a.title} (ε = {a.eps:.4g})' for a in attacks]
+    return str(Finding('earlier figures', f'{", ".join(titles)} in this folder {what}'))
 
 # %% ../../nbs/evaluation/earlier.ipynb #6e185446
 def save_beside(ev:Evaluation, out):

@@ -121,6 +121,7 @@ def _pixels_hash(x:Tensor, y:Tensor) -> str:
     of_images = zlib.crc32(x.detach().cpu().contiguous().numpy())
     return f'{zlib.crc32(y.cpu().numpy(), of_images):08x}'
 
+# %% ../../nbs/evaluation/measure.ipynb #cc40e0e0
 class Store:
     "Where the batches of a measurement are kept: a folder, or nowhere"
     def __init__(self, folder=None):
@@ -150,12 +151,12 @@ class Store:
         return None if not part or lacks_features or lacks_images else part
 
 def _read_part(path) -> dict:
-    "A part with all that is needed of it; empty if the file is cut off, or of a version that did not keep answers"
+    "A part with all that is needed of it; empty if the file is cut off"
     try: part = load_tensors(path)
     except ValueError: return {}
     return part if isinstance(part, dict) and _NEEDED <= part.keys() else {}
 
-_NEEDED = {'y', 'pred', 'margin', 'flags', 'seconds', 'answer'}
+_NEEDED = {'y', 'pred', 'margin', 'flags', 'seconds'}
 
 # %% ../../nbs/evaluation/measure.ipynb #8871ab68
 class _Batch:
@@ -314,7 +315,7 @@ def measure(
     seed:int=0, # Of random starts
     progress:bool=True, # Show a bar with the time left?
     watch=lambda i, x, y: None # Called with each batch
-) -> list: # For each job a dictionary of columns over the images, with 'flags', 'seconds' and 'files'; None where `earlier` parts do not fit
+) -> list: # For each job columns over the images, with 'flags', 'seconds' and 'files'; None where `earlier` parts do not fit
     "Run all jobs on all batches"
     store = store or Store()
     models = list({id(j.model): j.model for j in jobs}.values())
@@ -335,7 +336,7 @@ def _part(job, batch, store, seed, bar):
     if job.earlier is not None: return _earlier_part(job, batch, store)
     path = store.path(job, seed, batch)
     part = store.get(path, job)
-    if part and _same_answer(batch.answer(job), part['answer']): bar.skip(job)
+    if part and 'answer' in part and _same_answer(batch.answer(job), part['answer']): bar.skip(job)
     else:
         with fork_rng(batch.seed): part = _run_job(job, batch, lambda cost: bar.tick(job, cost))
         if path: save_tensors(path, dict(part, answer=batch.answer(job)))
@@ -347,8 +348,14 @@ def _earlier_part(job, batch, store):
     file = job.earlier[batch.i] if batch.i < len(job.earlier) else ''
     if Path(file).name != batch.file: return None
     part = store.get(store.folder/file, job)
-    if not part or not _same_answer(batch.answer(job), part['answer']): return None
-    return dict(part, file=file)
+    return dict(part, file=file) if part and _holds(part, job, batch) else None
+
+def _holds(part, job, batch) -> bool:
+    "Does the model answer as it did? Older versions kept no answers, but natural margins, on which their attacks then depend"
+    if 'answer' in part: return _same_answer(batch.answer(job), part['answer'])
+    if job.attack is not None: return True
+    logits,_,_ = batch.natural(job.model)
+    return _near(logit_margin(logits, batch.y).cpu(), part['margin'], _TOLERANCE['logits'])
 
 def _is_whole(parts, files):
     "Earlier parts are of use only if all are there"

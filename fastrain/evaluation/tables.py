@@ -21,7 +21,8 @@ def results_table(
     for r in results:
         name = r['method']
         if which not in r: continue
-        rows.append(_method_row(f'{name} (approximate)' if r.get('approximate') else name, r, r[which], r.get('fewer', {}).get(which, ())))
+        fewer = r.get('fewer', {}).get(which, ())
+        rows.append(_method_row(f'{name} (approximate)' if r.get('approximate') else name, r, r[which], fewer))
         if which == 'last' and 'average' in r:
             rows.append(_method_row(f'{name}, averaged weights', r, r['average']))
     table = pd.DataFrame(rows).set_index('method').fillna('')
@@ -99,7 +100,7 @@ def topology_table(record:dict) -> pd.DataFrame:
 # %% ../../nbs/evaluation/tables.ipynb #f4148a73
 def sizes_text(records:list) -> str:
     "The ε of accuracies whose names do not say it"
-    rows = [r for record in records for r in record['rows'] if r['kind'] == 'attack' and r.get('eps')]
+    rows = [r for r in _attacks(records) if r.get('eps')]
     unsaid = [r for r in rows if not r.get('size')]
     if not unsaid: return 'ε as the columns say' if rows else ''
     where = ' where a column does not say otherwise' if len(unsaid) < len(rows) else ''
@@ -107,14 +108,20 @@ def sizes_text(records:list) -> str:
 
 def steps_text(records:list) -> str:
     "The step sizes of attacks that take several steps"
-    rows = [r for record in records for r in record['rows'] if r['kind'] in ('attack', 'stage') and (r.get('steps') or 0) > 1]
-    rows = [r for r in rows if r.get('alpha')]
+    rows = [r for r in _attacks(records, 'stage') if r.get('alpha') and (r.get('steps') or 0) > 1]
     return f'step {_with_titles(rows, "alpha", ".3g")}' if rows else ''
+
+def _attacks(records, *kinds) -> list:
+    rows = []
+    for record in records: rows += [r for r in record['rows'] if r['kind'] in ('attack', *kinds)]
+    return rows
 
 def _with_titles(rows, key, form) -> str:
     "One value as it is; several with the attacks that have them"
     titles = {}
-    for r in rows: titles.setdefault(format(r[key], form), {})[r['title']] = True
+    for r in rows:
+        of_value = titles.setdefault(format(r[key], form), [])
+        if r['title'] not in of_value: of_value.append(r['title'])
     if len(titles) == 1: return next(iter(titles))
     return ', '.join(f'{value} ({", ".join(ts)})' for value,ts in titles.items())
 

@@ -71,7 +71,7 @@ def assess(
 
 def _folder(run, method, which):
     "Where the evaluation of a checkpoint is kept; if the best epoch is the last one, they are the same weights"
-    if which == 'best' and (run.folder(method)/'last.pt').exists():
+    if which == 'best' and run.has(method, 'best') and run.has(method, 'last'):
         if run.checkpoint(method, 'best')['epoch'] == run.checkpoint(method, 'last')['epoch']: which = 'last'
     return run.evaluation_folder(method, which)
 
@@ -115,6 +115,7 @@ def evaluate_run(
         show_run(run, [_with_earlier(run, r) for r in results], pictures, shown)
     return results
 
+# %% ../../nbs/runs/evaluate.ipynb #754f666b
 def _checked(run, pictures, attacks):
     "Pictures and attacks, if these pictures can be made of them and of what there is"
     measures = [k for k,a in attacks.items() if a is None]
@@ -182,7 +183,7 @@ def rescore_run(out, device=None) -> pd.DataFrame: # A row per method, checkpoin
     run,rows,folders = Run(out, device),[],[]
     device = default_device() if device is None else device
     for r in run.evaluations:
-        for w in (w for w in CHECKPOINTS if w in r):
+        for w in (w for w in CHECKPOINTS if w in r and run.has(r['method'], w)):
             folder = _folder(run, r['method'], w)
             if folder in folders or not (folder/'evaluation.json').exists(): continue
             folders.append(folder)

@@ -158,6 +158,7 @@ def _title_text(run):
     numbers = dict(eps=f'{r.eps:.4g}', alpha=f'{r.alpha:.3g}')
     return _TITLE.substitute(r.settings() | numbers, methods=', '.join(run.methods))
 
+# %% ../../nbs/runs/report.ipynb #29cb37aa
 def _accuracy_text(title, results):
     which = next(w for w in CHECKPOINTS if w in results[0])
     results = [r for r in results if which in r]
@@ -171,21 +172,31 @@ def _accuracy_text(title, results):
 def _l_tp_text(results, which):
     anchors = {r['anchor'] for r in results if r.get('anchor')}
     if not anchors: return ''
-    first = results[0]
-    title = next((row['title'] for row in first[which]['rows'] if row['name'] == first['l_tp_attack']), first['l_tp_attack'])
-    return _L_TP.substitute(bs=first['bs'], attack=title, anchors=' or '.join(sorted(anchors)))
+    on = {}
+    for r in results: on.setdefault(_measured_on(r[which], r['l_tp_attack']), []).append(r['method'])
+    several = [f'{title} ({", ".join(methods)})' for title,methods in on.items()]
+    attack = ' or '.join(several) if len(on) > 1 else next(iter(on))
+    return _L_TP.substitute(bs=results[0]['bs'], attack=attack, anchors=' or '.join(sorted(anchors)))
+
+def _measured_on(record, name) -> str:
+    "The title of the attack that L_TP of a record is of"
+    name = record['settings'].get('l_tp_attack', name)
+    return next((row['title'] for row in record['rows'] if row['name'] == name), name)
 
 def _attacks_text(results):
     return '## Attack by attack\n\nAfter the last epoch.\n\n' + sections(*(_method_text(r) for r in results))
 
 def _method_text(r): return sections(f'### {r["method"]}', evaluation_text(r['last']) if 'last' in r else '')
 
+# %% ../../nbs/runs/report.ipynb #76d7466d
 def _fewer_text(results):
     "Evaluations that were asked for on a part of the images"
     tables = []
     for r in results:
         for which,records in r.get('fewer', {}).items():
-            for record in records: tables.append(sections(f'### {r["method"]}, {_epochs[which]}, {record["n"]} images', evaluation_text(record)))
+            for record in records:
+                heading = f'### {r["method"]}, {_epochs[which]}, {record["n"]} images'
+                tables.append(sections(heading, evaluation_text(record)))
     return _FEWER.substitute(tables=sections(*tables)) if tables else ''
 
 _epochs = dict(last='last epoch', best='best epoch', average='averaged weights')
