@@ -8,6 +8,7 @@ __all__ = ['ce_objective', 'kl_objective', 'logit_margin', 'margin_objective', '
 
 # %% ../../nbs/attacks/pgd.ipynb #a80df3e2
 import math
+import numbers
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import Registered, check_number, eval_mode, lookup, parse_eps, upcast
+from ..core import Registered, check_number, eval_mode, lookup, parse_eps, shown, upcast
 
 # %% ../../nbs/attacks/pgd.ipynb #c1cfd3ea
 def ce_objective(model, x, y):
@@ -219,6 +220,16 @@ def CW(eps:float=.031, alpha:float=.003, steps:int=20, **kwargs):
 def random_noise(eps:float=.031, **kwargs):
     "A uniform draw from the ball: the baseline that every attack must beat"
     return PGD(eps, alpha=eps, steps=0, **kwargs)
+
+# %% ../../nbs/attacks/pgd.ipynb #d7b19432
+def as_attack(attack):
+    "An attack as it is; a number, or a size that is typed, is the ε of a PGD-10 with steps of ε/4; None is the default"
+    if attack is None: return PGD()
+    if callable(attack) and not isinstance(attack, type): return attack
+    try:
+        if not isinstance(attack, bool) and isinstance(attack, (str, numbers.Real)): return PGD(eps := as_size('eps', attack), eps/4)
+    except ValueError as e: raise ValueError(f'attack={shown(attack)}: {e}') from None
+    raise ValueError(f"attack={shown(attack)}: expected a PGD such as PGD(eps=8/255), or its ε such as 8/255 or '8/255'")
 
 # %% ../../nbs/attacks/pgd.ipynb #0bae686c
 def check_images(

@@ -9,7 +9,6 @@ __all__ = ['TRAINCallback']
 import copy
 import inspect
 import math
-import numbers
 import re
 import warnings
 from contextlib import nullcontext
@@ -25,8 +24,8 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..attacks.pgd import PGD
-from ..core import parse_eps, peek_batch, shown, upcast
+from ..attacks.pgd import as_attack
+from ..core import peek_batch, upcast
 from ..models.features import FeatureCapture, n_outputs
 from ..models.stems import image_size
 from ..pieces.base import CrossEntropy, Output, Step, Training, Views
@@ -61,7 +60,7 @@ class TRAINCallback(Callback):
         self.robust = as_piece('robust', robust, 'robust') or AT()
         self.strategy = as_piece('strategy', strategy, 'strategy')
         self.perturb,self.average = as_piece('perturb', perturb, 'perturb'),as_piece('average', average, 'average')
-        self.attack,self.policy = _as_attack(attack),None if standard is None else as_policy(standard)
+        self.attack,self.policy = as_attack(attack),None if standard is None else as_policy(standard)
         if relation is None and self.policy: relation = Topology()
         self.relations = _as_relations(relation)
         check_pieces(self.robust, self.strategy, self.relations, bool(self.policy), bool(self.policy) and not self.policy.trains)
@@ -85,15 +84,6 @@ class TRAINCallback(Callback):
         self._learn = learn
 
 # %% ../../nbs/training/callback.ipynb #832ead8b
-def _as_attack(attack):
-    "An attack as it is; a number, or a size that is typed, is ε"
-    if attack is None: return PGD()
-    if callable(attack) and not isinstance(attack, type): return attack
-    try:
-        if not isinstance(attack, bool) and isinstance(attack, (str, numbers.Real)): return PGD(eps := parse_eps(attack), eps/4)
-    except ValueError as e: raise ValueError(f'attack={shown(attack)}: {e}') from None
-    raise ValueError(f"attack={shown(attack)}: expected a PGD such as PGD(eps=8/255), or its ε such as 8/255 or '8/255'")
-
 def _as_relations(relation) -> list:
     "A list of relations, from one or several of them or of their names; False and None are none"
     if relation is None or relation is False: return []
