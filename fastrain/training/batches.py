@@ -29,7 +29,7 @@ class BatchWatch:
         "See a batch before it is used"
         self._check_kinds(x, y)
         values = self._extent(x, y)
-        if now or values.device.type == 'cpu':
+        if now or not _must_be_waited_for(values):
             self._values = None
             self._judge(*values.tolist())
             return y
@@ -57,6 +57,8 @@ class BatchWatch:
     def _judge(self, low, high, first, last):
         if self.clip: check_extent(low, high, self.clip)
         if self.n_classes: check_label_range(int(first), int(last), self.n_classes)
+
+def _must_be_waited_for(values): return values.device.type != 'cpu'
 
 def _ends(t, wanted):
     "The least and the largest value of `t`, zeros if nobody wants them"

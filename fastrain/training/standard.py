@@ -30,6 +30,7 @@ from ..core import Registered, check_number, eval_mode, fork_rng, load_tensors, 
 from ..pieces.base import Output, check_flag
 from ..models.features import find_classifier, logits_and_features
 from ..models.backbone import create_backbone, load_weights
+from ..models.stems import height_and_width
 from .loss_func import as_loss_func, check_class_weights, cross_entropy_of
 
 # %% ../../nbs/training/standard.ipynb #9eff66c6
@@ -242,11 +243,11 @@ class FitInput(nn.Module):
     "A net for images of another size: they are resized before it"
     def __init__(self,
         net:nn.Module, # On images of `size`
-        size:int # Height and width in pixels
+        size # In pixels: a number, or (height, width)
     ):
         super().__init__()
         self.net,self.size = net,size
-    def forward(self, x): return self.net(F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True))
+    def forward(self, x): return self.net(F.interpolate(x, height_and_width(self.size), mode='bilinear', antialias=True))
     def get_classifier(self): return find_classifier(self.net)
 
 _pretrained = 'pretrained:'
@@ -258,7 +259,7 @@ def is_trained(source) -> bool:
 def trained_standard(
     source, # Folder of a run with the method `standard`, a checkpoint of a run, or 'pretrained:NAME', as in 'pretrained:resnet18.a1_in1k'
     n_classes:int, # Classes of the data, to compare
-    img_size:int # Size of the data's images in pixels
+    img_size # Size of the data's images in pixels: a number, or (height, width)
 ) -> nn.Module: # On images in [0,1] of `img_size`
     "A standard model that is already trained; one of timm's keeps its own classes (topology needs its features only)"
     if str(source).startswith(_pretrained): return _from_timm(str(source).removeprefix(_pretrained), img_size)
