@@ -435,14 +435,16 @@ def test_settings_stay_the_same():
     cb = make('resnet10t_16')
     before = cb.settings()
     fit(cb, n_epoch=1)
-    assert dict(cb.settings(), loss_func=None) == before == make(create_backbone('resnet10t_16', 10, small_images=False), 'warm.pt').settings()
+    backbone = create_backbone('resnet10t_16', 10, small_images=False)
+    assert dict(cb.settings(), loss_func=None) == before == make(backbone, 'warm.pt').settings()
     assert ' at 0x' not in json.dumps(before)
-    assert make(net(2)).settings()['standard']['standard'] == make(make_learner(digit_dls(), net(2))).settings()['standard']['standard'] == 'Net'
+    for own in (net(2), make_learner(digit_dls(), net(2))): assert make(own).settings()['standard']['standard'] == 'Net'
 
 # --- names where objects are taken
 
 def test_names_of_pieces():
-    cb = TRAINCallback('resnet18', robust='TRADES:beta=3', relation='lbgat', strategy='sat', perturb='awp:gamma=.01', average='ema', attack=8/255)
+    cb = TRAINCallback('resnet18', robust='TRADES:beta=3', relation='lbgat', strategy='sat', perturb='awp:gamma=.01',
+                       average='ema', attack=8/255)
     assert [type(p).__name__ for p in cb.pieces.values()] == ['TRADES', 'SAT', 'AWP', 'EMA', 'LBGAT']
     assert cb.robust.beta == 3 and cb.perturb.gamma == .01 and cb.relations[0].key == 'lbgat'
     assert cb.attack.settings() == PGD(8/255, 2/255).settings()
@@ -460,9 +462,12 @@ def test_names_train_as_objects():
     assert same(snapshot(a.model), snapshot(b.model))
 
 @pytest.mark.parametrize('kwargs, match', [
-    (dict(robust='tardes'), "robust='tardes': Unknown method 'tardes'.*'trades'"), (dict(robust='lbgat'), "robust='lbgat': expected one of at,"),
-    (dict(robust='at+awp'), "robust='at[+]awp': expected one of"), (dict(robust=3), 'robust=3: expected a RobustLoss or the name of one: at,'),
-    (dict(robust=TRADES), 'robust=<class .*TRADES.*expected a RobustLoss'), (dict(robust='trades:beta=x'), "robust='trades:beta=x': trades: beta='x'"),
+    (dict(robust='tardes'), "robust='tardes': Unknown method 'tardes'.*'trades'"),
+    (dict(robust='lbgat'), "robust='lbgat': expected one of at,"),
+    (dict(robust='at+awp'), "robust='at[+]awp': expected one of"),
+    (dict(robust=3), 'robust=3: expected a RobustLoss or the name of one: at,'),
+    (dict(robust=TRADES), 'robust=<class .*TRADES.*expected a RobustLoss'),
+    (dict(robust='trades:beta=x'), "robust='trades:beta=x': trades: beta='x'"),
     (dict(relation='trades'), "relation='trades': expected one of train,"), (dict(relation=5), 'relation=5: expected a Relation'),
     (dict(relation=True), 'relation=True: expected a Relation'), (dict(relation=['train', 3]), 'relation=3: expected'),
     (dict(relation='train+'), "relation='': Unknown method ''"), (dict(strategy='awp'), "strategy='awp': expected one of fat,"),
@@ -470,7 +475,8 @@ def test_names_train_as_objects():
     (dict(average=True), 'average=True: expected a Averaging or the name of one: ema'), (dict(average=.999), 'average=0.999: expected'),
     (dict(attack='fgsm'), "attack='fgsm': eps='fgsm' is not a size"), (dict(attack=8), 'attack=8: eps=8 is larger.*8/255'),
     (dict(attack=True), 'attack=True: expected a PGD'), (dict(attack=PGD), 'attack=<class .*expected a PGD'),
-    (dict(attack=[.1]), 'attack=\\[0.1\\]: expected a PGD'), (dict(attack=0), 'attack=0: eps=0: expected a size'), (dict(lam='ramp'), "lam='ramp': expected a number, a schedule")])
+    (dict(attack=[.1]), 'attack=\\[0.1\\]: expected a PGD'), (dict(attack=0), 'attack=0: eps=0: expected a size'),
+    (dict(lam='ramp'), "lam='ramp': expected a number, a schedule")])
 def test_what_is_no_piece(kwargs, match):
     with pytest.raises(ValueError, match=match) as e: TRAINCallback('resnet18', **kwargs)
     assert '\n' not in str(e.value)
@@ -489,12 +495,14 @@ def later(change, batch=2):
     change(x[8*batch:], y[8*batch:])
     return plain_dls(x, y, shuffle=False)
 
-wrong_batches = dict(bytes=(lambda x, y: x.mul_(255), r'Images lie in .*expected \[0, 1\]'), nan=(lambda x, y: x[0].fill_(float('nan')), 'not numbers'),
-                     below=(lambda x, y: x[3, 0, 0].fill_(-.1), 'Images lie in'), label=(lambda x, y: y[1:2].fill_(10), 'Label 10 has no output'),
-                     ignored=(lambda x, y: y[:1].fill_(-100), 'Label -100 has no output'))
+wrong_batches = dict(
+    bytes=(lambda x, y: x.mul_(255), r'Images lie in .*expected \[0, 1\]'), nan=(lambda x, y: x[0].fill_(float('nan')), 'not numbers'),
+    below=(lambda x, y: x[3, 0, 0].fill_(-.1), 'Images lie in'), label=(lambda x, y: y[1:2].fill_(10), 'Label 10 has no output'),
+    ignored=(lambda x, y: y[:1].fill_(-100), 'Label -100 has no output'))
 
 @pytest.mark.parametrize('change, match', wrong_batches.values(), ids=wrong_batches)
-@pytest.mark.parametrize('cb', [lambda: TRAINCallback(None, attack=quick()), lambda: TRAINCallback(net(2), robust='trades', attack=quick())])
+@pytest.mark.parametrize('cb', [lambda: TRAINCallback(None, attack=quick()),
+                                lambda: TRAINCallback(net(2), robust='trades', attack=quick())])
 def test_wrong_batch_after_the_first(change, match, cb):
     learn = make_learner(later(change), net(1), cb())
     with pytest.raises(ValueError, match=match): quietly(learn)

@@ -559,14 +559,16 @@ def test_standard_model_of_ones_own_keeps_its_loss():
     got = with_loss(CrossEntropyLossFlat(), std=own(CrossEntropyLossFlat(label_smoothing=.3)))
     assert not same(got['std'], plain['std'])
     assert same(with_loss(CrossEntropyLossFlat(label_smoothing=.3), std=own(CrossEntropyLossFlat()))['std'], plain['std'])
-    with pytest.raises(ValueError, match="standard learner's loss function FocalLoss"): with_loss(CrossEntropyLossFlat(), std=own(FocalLossFlat()))
+    with pytest.raises(ValueError, match="standard learner's loss function FocalLoss"):
+        with_loss(CrossEntropyLossFlat(), std=own(FocalLossFlat()))
 
 class Sure(nn.CrossEntropyLoss):
     "Not cross-entropy, whatever it descends from"
     def forward(self, z, y): return super().forward(2*z, y)
 
 @pytest.mark.parametrize('loss_func, match', [
-    (FocalLossFlat(), 'FocalLoss is no cross-entropy'), (MSELossFlat(), 'MSELoss is no'), (BCEWithLogitsLossFlat(), 'BCEWithLogitsLoss is no'),
+    (FocalLossFlat(), 'FocalLoss is no cross-entropy'), (MSELossFlat(), 'MSELoss is no'),
+    (BCEWithLogitsLossFlat(), 'BCEWithLogitsLoss is no'),
     (Sure(), 'Sure is no'), (lambda z, y: z.sum(), 'lambda> is no'), (CrossEntropyLossFlat(ignore_index=3), 'ignores the label 3'),
     (LabelSmoothingCrossEntropyFlat(weight=weights), 'weighs classes'), (nn.CrossEntropyLoss(reduction='sum'), "reduction='sum'"),
     (CrossEntropyLossFlat(weight=torch.ones(3)), '3 class weights, but the data have 10 classes'),
@@ -578,7 +580,8 @@ def test_other_loss_functions_are_refused(loss_func, match):
     assert same(snapshot(main), snapshot(net(1))) and list(learn.metrics.attrgot('name')) == ['accuracy']
 
 def test_doubly_smoothed_labels_are_refused():
-    with pytest.raises(ValueError, match='smooths labels, and so does'): with_loss(CrossEntropyLossFlat(label_smoothing=.1), 'at:confidence=.7')
+    with pytest.raises(ValueError, match='smooths labels, and so does'):
+        with_loss(CrossEntropyLossFlat(label_smoothing=.1), 'at:confidence=.7')
     with_loss(CrossEntropyLossFlat(weight=weights), 'at:confidence=.7')
 
 class Own(RobustLoss):
@@ -620,7 +623,8 @@ def test_compiled_model_whose_features_are_needed_is_refused(where):
 def test_compiled_model_trains(robust):
     def train(main):
         seed_all(0)
-        return snapshot(getattr(quietly(learner(TRAINCallback(None, robust=robust, attack=quick()), main), 1, 3e-3).model, '_orig_mod', main))
+        model = quietly(learner(TRAINCallback(None, robust=robust, attack=quick()), main), 1, 3e-3).model
+        return snapshot(getattr(model, '_orig_mod', model))
     assert same(train(net(1)), train(torch.compile(net(1), backend='eager')))
 
 class Lookalike(type(net(1))):

@@ -449,6 +449,7 @@ def test_channels_that_differ():
     three,one = (create_backbone('resnet10t_16', 10, in_chans=n) for n in (3, 1))
     for main,standard,who in ((three, 'resnet10t_16', 'adversarial'), (one, three, 'standard')):
         learn = make_learner(_shaped_dls(1, 32, 32), main, TRAINCallback(standard, attack=quick()))
-        with pytest.raises(ValueError, match=f'The {who} model takes images of 3 channels.*have 1. Create it with in_chans=1'): quietly(learn)
+        match = f'The {who} model takes images of 3 channels.*have 1. Create it with in_chans=1'
+        with pytest.raises(ValueError, match=match): quietly(learn)
     grey = create_backbone('resnet10t_16', 10, mean=[.5]*3, std=[.3]*3) # makes three channels of one
     quietly(make_learner(_shaped_dls(1, 32, 32), grey, TRAINCallback(None, attack=quick())))

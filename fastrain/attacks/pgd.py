@@ -245,7 +245,8 @@ def check_images(
 # %% ../../nbs/attacks/pgd.ipynb #6b88fad2
 def check_extent(low:float, high:float, clip:tuple=(0.,1.), tol:float=1e-4):
     "The same for the least and the largest value of the images"
-    if math.isnan(low): raise ValueError('Images hold values that are not numbers (NaN): look at the transform that makes them, or at the files')
+    if math.isnan(low):
+        raise ValueError('Images hold values that are not numbers (NaN): look at the transform that makes them, or at the files')
     if low >= clip[0] - tol and high <= clip[1] + tol: return
     raise ValueError(f'Images lie in [{low:.3g}, {high:.3g}]; expected [{clip[0]:g}, {clip[1]:g}]. '
                      'Attacks work on pixels: divide 0..255 images by 255, and leave mean/std normalisation to the layer '

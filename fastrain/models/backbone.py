@@ -75,8 +75,8 @@ def _tell_size(model, x) -> bool:
     else: return True
     name,n_classes = model.settings.get('name'),model.settings.get('n_classes')
     size = seen[0] if seen[0] == seen[1] else seen
-    warnings.warn(f'{name} was made for images of {_in_words(model.size)} pixels and is shown {_in_words(seen)}: its first layers reduce them '
-                  f'{what}. Make it for them: create_backbone({name!r}, {n_classes}, img_size={size})')
+    warnings.warn(f'{name} was made for images of {_in_words(model.size)} pixels and is shown {_in_words(seen)}: '
+                  f'its first layers reduce them {what}. Make it for them: create_backbone({name!r}, {n_classes}, img_size={size})')
     return True
 
 # %% ../../nbs/models/backbone.ipynb #fde6a3ec

@@ -22,7 +22,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import get_model
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..attacks.pgd import as_attack
 from ..core import peek_batch, upcast
@@ -52,7 +52,7 @@ class TRAINCallback(Callback):
         robust=None, # L_robust, a `RobustLoss` or its name; default `AT()`
         attack=None, # The adversary, a `PGD`, or ε for PGD-10 with a step of ε/4; default ε = 0.031 and step 0.007
         strategy=None, # How hard each image is attacked, a `Strategy` or its name; default all alike
-        relation=None, # What keeps M' like M, one `Relation` or several, or names; default `Topology()` if there is a standard model; False for none
+        relation=None, # What keeps M' like M: `Relation`s or names; default `Topology()` if there is a standard model; False for none
         perturb=None, # Perturbation of the weights, such as `AWP()` or 'awp'
         average=None, # Average of the weights, such as `EMA()` or 'ema:decay=.99'
         lam=5. # λ: a number, a `LambdaSchedule`, or any function of training progress
@@ -173,6 +173,9 @@ def _build_standard(self:TRAINCallback, n_classes, x):
     if self.policy.trains: check_classes(self.policy.model, n_classes, 'standard')
     check_features(self.policy.model, 'standard')
     check_channels(self.policy.model, x, 'standard')
+    if self.policy.trains and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        warnings.warn('Of several processes each trains a standard model of its own, on its own part of the data: '
+                      'for the same one in all, train it before and give it as `Frozen(...)`')
 
 @patch
 def _cross_entropy(self:TRAINCallback, n_classes) -> CrossEntropy:

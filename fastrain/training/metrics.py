@@ -94,7 +94,8 @@ def _attack(self:RobustAccuracy):
         with torch.no_grad(): z = upcast(self._model(x_adv))
     hits = (z.argmax(1) == y).sum().where(z.isfinite().all(), torch.nan) # one number to wait for
     self.hits += self._watch.read(hits)
-    if math.isnan(self.hits): raise FloatingPointError(f'The logits of the model are not finite in {self.name}: no accuracy can be measured')
+    if math.isnan(self.hits):
+        raise FloatingPointError(f'The logits of the model are not finite in {self.name}: no accuracy can be measured')
     self.count += len(y)
 
 # %% ../../nbs/training/metrics.ipynb #0001d5fc

@@ -58,7 +58,8 @@ def as_lambda(lam) -> LambdaSchedule:
     if isinstance(lam, numbers.Real): return LambdaSchedule(lam)
     if isinstance(lam, LambdaSchedule): return lam
     if callable(lam): return LambdaSchedule(1., lambda t: lam(t/100))
-    raise ValueError(f"lam={shown(lam)}: expected a number, a schedule such as LambdaSchedule(5, 'ramp'), or a function of training progress")
+    raise ValueError(f"lam={shown(lam)}: expected a number, a schedule such as LambdaSchedule(5, 'ramp'), "
+                     'or a function of training progress')
 
 # %% ../../nbs/training/schedules.ipynb #15e8d321
 def multi_step(
