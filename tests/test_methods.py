@@ -308,7 +308,7 @@ def test_epoch(method, recipe, dls, warm):
     ('at+train:detach=maybe', "train: detach='maybe': expected true or false"),
     ('at+train:weight=abc', "train: weight='abc': expected a number"), ('at+ema:warmup=yes', "ema: warmup='yes': expected true or false"),
     ('at+train+cotrained:follow=3', 'cotrained: follow=3: expected true or false'),
-    ('fat:breaks=("a",)', "fat: breaks='a': expected a number"),
+    ('fat:breaks=("a",)', "fat: breaks=.'a',.: expected full epochs"),
     ('at+train+cotrained:warmup=abc', "cotrained: warmup='abc': expected a number"),
     ('at+train+cotrained:warmup=-1', 'cotrained: warmup=-1: expected a whole number'),
     ('at+train+cotrained:warmup_lr=0', 'cotrained: warmup_lr=0: expected a learning rate > 0'),

@@ -30,8 +30,9 @@ class Strategy(Piece, Registered):
 # %% ../../nbs/pieces/strategies.ipynb #e8754d29
 def _check_breaks(breaks):
     "An error unless they are numbers of epochs"
-    if not isinstance(breaks, (tuple, list)): raise ValueError(f'breaks={shown(breaks)}: expected full epochs ≥ 0 such as (50,90)')
-    for b in breaks: check_number('breaks', b, at_least=0, what='number of full epochs in each place')
+    listed = isinstance(breaks, (tuple, list))
+    if listed and all(isinstance(b, (int, float)) and b >= 0 for b in breaks): return
+    raise ValueError(f'breaks={shown(breaks)}: expected full epochs ≥ 0 such as (50,90)')
 
 class FAT(Strategy):
     "Friendly adversarial training: an image stops when it is found misclassified for the (τ+1)-th time"
