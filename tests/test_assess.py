@@ -54,7 +54,7 @@ def test_training_leaves_everything(runs):
     run = Run(runs/'seed3')
     assert {f.name for f in run.out.iterdir()} == {
         'checkpoints', 'curves.png', 'relation.png', 'tradeoff.png', 'images.png', 'evaluation',
-        'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json'}
+        'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json', '.lock'}
     for m in METHODS: assert len(pd.read_csv(run.evaluation_folder(m)/'per_image.csv')) == 40
 
 def test_evaluate_run(run):
@@ -251,8 +251,8 @@ def test_shell_evaluates_any_model(mine, tmp_path, monkeypatch, capsys):
 
 def test_shell_interrupted(run, monkeypatch):
     def stop(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'evaluate_run', stop)
-    with pytest.raises(SystemExit, match='The same command goes on'): shell(monkeypatch, 'evaluate', run)
+    monkeypatch.setattr(fastrain.runs.evaluate, 'evaluate_run', stop)
+    with pytest.raises(SystemExit, match='130'): shell(monkeypatch, 'evaluate', run)
 
 @pytest.mark.slow
 def test_shell_with_own_pieces(run, tmp_path, monkeypatch, capsys):

@@ -121,7 +121,7 @@ def test_parameters_of_a_policy():
     assert m.policy is CoTrained and m.policy_args == dict(warmup=3, follow=False)
     assert parse_method('train+frozen:seed=5').policy_args == dict(seed=5)
 
-lines = {None: [], '': [], 'at': ['at'], 'standard,at,at+train': ['standard', 'at', 'at+train'],
+lines = {None: [], 'at': ['at'], 'standard,at,at+train': ['standard', 'at', 'at+train'],
          'Vanilla AT, Vanilla AT + TRAIN*': ['at', 'at+train+frozen'],
          'at,trades:beta=3+las:lr=.1,r2=1': ['at', 'trades:beta=3+las:lr=.1,r2=1'],
          'lbgat:detach=true,ce=false,at,ema:decay=.9,warmup=false': ['lbgat:detach=true,ce=false', 'at', 'ema:decay=.9,warmup=false'],

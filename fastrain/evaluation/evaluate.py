@@ -19,8 +19,9 @@ from torch import nn
 from ..attacks.checks import sanity_checks
 from ..attacks.named import own_attack, parse_attack, parse_attacks, split_names, split_sizes
 from ..core import eval_mode, fork_rng, load_tensors, lookup, parse_eps
+from .earlier import Earlier, joined, save_beside
 from .measure import Batches, Job, Store, full_precision, measure, model_place, n_batches
-from .record import Evaluation, read_evaluation, summarise
+from .record import Evaluation, read_evaluation, read_evaluations, subset_name, summarise
 from .scores import Evidence, Measure
 
 # %% ../../nbs/evaluation/evaluate.ipynb #0b9b98b0
@@ -65,7 +66,7 @@ def evaluate(
     alpha:float=None, # Step size of PGD and C&W by name; None: see `parse_attack`
     norm:str='linf', # 'linf' or 'l2', for attacks by name
     standard:nn.Module=None, # Standard model M, to measure L_TP against and to transfer images from
-    l_tp_attack:str=None, # Attack whose images measures are taken on; None: pgd20, or else the last
+    l_tp_attack=None, # Attack whose images measures are taken on, or an ε: PGD-20 of the size nearest to it; None: pgd20, or else the last
     bs:int=None, # Batch size of L_TP, that of training; None: that of `dl`
     support=None, # Training images for the topology scores; None: those of `dl`, if it is `DataLoaders`
     n_support:int=None, # Use so many of them, equally many of each class
@@ -87,9 +88,10 @@ def evaluate(
     batches = Batches(dl, n)
     support = _support(dl, support, n_support, ks) if _needs(measures, 'support') else None
     store = Store(out and Path(out)/'parts')
+    earlier = Earlier(out, batches.name, seed, model, store)
     sample = _Sample(n_batches(batches))
     jobs = _jobs(model, standard, attacks, measures, on, images)
-    results = measure(batches, jobs, store, seed, progress, sample)
+    results = earlier.take(measure(batches, [*earlier.jobs, *jobs], store, seed, progress, sample))
     columns = dict(zip(attacks, results))
     of_standard = None if standard is None else results[-1]
     if support: support = _support_columns(model, support, on, attacks[on].attack, store, seed, progress)
@@ -98,7 +100,7 @@ def evaluate(
     if checks: notes += _findings(model, standard, sample, attacks, norm)
     settings = dict(subset=batches.name, precision=_place(model)[1], seed=seed, l_tp_attack=on, device=_place(model)[0])
     ev = summarise(columns, attacks, settings, figures, evidence.topology, notes, batches.rows)
-    if out: ev.save(out)
+    if out: save_beside(joined(ev, earlier, _measured_on(earlier.attacks | attacks, l_tp_attack), notes), out)
     return ev
 
 # %% ../../nbs/evaluation/evaluate.ipynb #35b21d49
@@ -141,9 +143,11 @@ def _with_standard(measures, standard):
     asked = {m.key for m in measures}
     return [m() for m in Measure.registry.values() if m.key in asked or 'standard' in m.needs]
 
-def _measured_on(attacks, name):
+def _measured_on(attacks, wanted):
     "The attack whose images measures are taken on"
-    if name: return lookup(name, list(attacks), 'attack')
+    if isinstance(wanted, str): return lookup(wanted, list(attacks), 'attack')
+    sizes = {k: abs(a.eps - wanted) for k,a in attacks.items() if a.base == 'pgd20'} if wanted else {}
+    if sizes: return min(sizes, key=sizes.get)
     for a in attacks.values():
         if a.base == 'pgd20' or (a.kind, a.steps) == ('pgd', 20): return a.name
     return list(attacks)[-1]

@@ -117,6 +117,7 @@ class Piece:
     needs = () # Of 'nat', 'adv', 'std' and 'features'
     paper,approximate = '','' # Source with equation; what had to be guessed, if the paper leaves it open
     module = None # Trained along with M'
+    by_length = False # Does what it does in an epoch depend on how many there are?
     def setup(self, training:Training): "Make what depends on model and data, once"
 
 # %% ../../nbs/pieces/base.ipynb #2e2e7b45

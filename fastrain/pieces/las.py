@@ -88,6 +88,7 @@ def _check_network(net):
 class LAS(Strategy):
     "Learnable attack strategy: a network draws ε, step size and number of steps for each image, and learns from the model that they make"
     key,paper,robust = 'las','Jia et al., CVPR 2022','at:confidence=.7'
+    by_length = True # the learning rate of its network
     def __init__(self,
         variant:str=None, # 'at', 'trades' or 'awp'; None: 'trades' with TRADES, else 'at'
         net='resnet18', # Strategy network: a backbone's name, or an `nn.Module` with an output for each choice

@@ -58,6 +58,8 @@ class FAT(Strategy):
         self._noise = noise if self.noise is None else self.noise
 
     def setup(self, training): self._use(training.robust.key)
+    @property
+    def by_length(self): return self.breaks is None or self.of is not None
 
     def tau(self, v:Views) -> int:
         "τ, the steps that a misclassified image still takes"
@@ -97,6 +99,9 @@ class SAT(Strategy):
         if not self.last > self.first: raise ValueError(f'last={self.last!r}: expected more than first={self.first}')
         if of is not None: check_number('of', of, above=0, what='number of epochs')
         self.of,self.shape = of,shape
+
+    @property
+    def by_length(self): return self.of is not None
 
     def threshold(self, v:Views) -> float:
         "The softmax gap that images may reach, constant within an epoch"
