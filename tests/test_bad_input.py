@@ -232,7 +232,9 @@ def test_loss_not_finite(tmp_path, value, relation):
     state = torch.load(tmp_path/'ckpt'/'last.pt', weights_only=True)
     assert state['epoch'] == 1
     for weights in (state['model'], standard_state(state)['model']): assert all(v.isfinite().all() for v in weights.values())
-    learn = make_learner(digit_dls(), net(5), TRAINCallback(net(6), robust=AT(), attack=quick(), relation=relation))
+    mended = Breaks(value)
+    mended.calls = 100 # past the batch that breaks
+    learn = make_learner(digit_dls(), net(5), TRAINCallback(net(6), robust=mended, attack=quick(), relation=relation))
     quietly(learn, 3, 1e-3, cbs=Checkpoint(tmp_path/'ckpt', resume=True)) # and the run goes on from there
     assert len(learn.recorder.values) == 3
 

@@ -420,7 +420,7 @@ def _plain_value(v):
     if isinstance(v, Learner): v = v.model
     if isinstance(v, nn.Module): return _name_of(v)
     if isinstance(v, (list, tuple)): return [_plain_value(o) for o in v]
-    if v is None or isinstance(v, (str, int, float)): return v
+    if v is None or isinstance(v, (str, int, float)): return v if v == v else 'nan' # which equals itself, unlike NaN
     return getattr(v, '__qualname__', None) or _address.sub('', repr(v))
 
 def _name_of(model):
