@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .autoattack import AutoAttack, OfficialAttack
-from .pgd import FGSM, PGD, Plan, norms, objectives, random_noise, starts
+from .pgd import FGSM, PGD, Plan, as_size, norms, objectives, random_noise, starts
 from .worst import WorstCase
-from ..core import Registered, check_name, check_number, lookup, parse_eps
+from ..core import Registered, check_name, lookup, parse_eps
 
 # %% ../../nbs/attacks/named.ipynb #0ea9c885
 class WhileRight(PGD):
@@ -71,7 +71,7 @@ class PGDKind(AttackKind):
 
     def make(self, *, eps, alpha, norm, steps, convention, **_):
         how = self.conventions.get(convention, PGDConvention())
-        eps = check_number('eps', eps, above=0, what='size in pixel units (such as 8/255)')
+        eps = as_size('eps', eps)
         if alpha is None: alpha = how.share*eps
         return how.attack(eps, alpha, steps, norm=norm, objective=self.objective, start=how.start)
 
