@@ -102,7 +102,7 @@ _sizes = ['--epochs', '2', '--n-train', '24', '--n-test', '20', '--holdout', '4'
           '--device', 'cpu', '--attacks', 'natural,fgsm']
 _train = ['train', '--method', 'at,at+train+ema', *_sizes]
 COMMANDS = dict(
-    train=[*_train, '--out', 'run', '--resume'],
+    train=[*_train, '--out', 'run'],
     evaluate=['evaluate', 'run', '--attacks', 'natural,pgd2', '--n', '10', '--images', '--device', 'cpu'],
     compare=['compare', 'run', 'other', '--out', 'compared'])
 
@@ -112,6 +112,11 @@ def prepare(folder, command):
     _sound(run_command([*_train, '--out', 'run'], folder))
     if command == 'compare': _sound(run_command([*_train, '--out', 'other', '--seed', '2'], folder))
 
+def repeated(command, folder) -> list:
+    "The command as the program asks for it after an interruption"
+    begun = command == 'train' and (Path(folder)/'run'/'settings.json').is_file()
+    return [*COMMANDS[command], '--resume'] if begun else COMMANDS[command]
+
 def _sound(ended):
     if ended.status: raise RuntimeError(ended.text)
     return ended
@@ -120,7 +125,7 @@ _timing = 'seconds', 'seconds_per_epoch', 'environment', 'time', 's/epoch'
 
 def outcome(folder) -> dict:
     "Everything in a folder that must be the same each time: tensors, figures and tables by file; the names of the rest"
-    files = sorted(p for p in Path(folder).rglob('*') if p.is_file() and p.name != '.lock')
+    files = sorted(p for p in Path(folder).rglob('*') if p.is_file() and p.name not in ('.lock', '.holder'))
     return {str(f.relative_to(folder)): _content(f) for f in files}
 
 def _content(file):
@@ -144,8 +149,8 @@ def survive(fault:Fault, before, wanted:dict) -> str: # What went wrong; nothing
         shutil.copytree(before, folder)
         broken = run_command(COMMANDS[fault.command], folder, fault.kind, fault.at)
         if 'Traceback' in broken.text: return f'traceback\n{broken.text}'
-        if fault.kind in ('SIGKILL', 'SIGINT') and broken.status == 0: return f'{fault.kind} did not end it\n{broken.text}'
-        again = run_command(COMMANDS[fault.command], folder)
+        if broken.status == 0: return differences(outcome(folder), wanted) # it went on without
+        again = run_command(repeated(fault.command, folder), folder)
         if again.status: return f'{broken.text}\n-- again --\n{again.text}'
         return differences(outcome(folder), wanted)
 
@@ -191,6 +196,7 @@ def main(
                 if wrong: failed.append(dict(fault._asdict(), wrong=wrong))
                 if wrong: print(f'{fault}: {wrong}')
                 if i % 50 == 49: print(f'{i + 1} of {len(jobs)} faults, {len(failed)} not survived', flush=True)
-    save_json(result, dict(writes=counts, faults=len(jobs), survived=len(jobs) - len(failed), failed=failed, environment=environment('cpu')))
-    print(f'{len(jobs) - len(failed)} of {len(jobs)} faults survived')
+    survived = len(jobs) - len(failed)
+    save_json(result, dict(writes=counts, faults=len(jobs), survived=survived, failed=failed, environment=environment('cpu')))
+    print(f'{survived} of {len(jobs)} faults survived')
     if failed: sys.exit(1)

@@ -23,9 +23,10 @@ def _drops(s):
     try: return tuple(map(int, epochs)) or None
     except ValueError: raise ValueError(f'--drops {s}: expected whole numbers with commas between, such as 75,90') from None
 
-def _size(s):
+def _size(option, s):
     from fastrain.core import parse_eps
-    return None if s is None else parse_eps(s)
+    try: return None if s is None else parse_eps(s)
+    except ValueError as e: raise ValueError(f'--{option}: {e}') from None
 
 def _place(device):
     "A device by name, once something was put there"
@@ -86,8 +87,9 @@ def train(
     methods,attacks = split_methods(method),_items('attacks', attacks)
     settings = dict(
         data=data, path=path, backbone=backbone, standard=standard, epochs=epochs, bs=bs, lr=lr, drops=_drops(drops), wd=wd,
-        eps=_size(eps), alpha=_size(alpha), steps=steps, norm=norm, eval_eps=_size(eval_eps), lam=lam, lam_schedule=lam_schedule,
-        warmup=warmup, holdout=holdout, n_train=n_train, n_test=n_test, img_size=img_size, precision=precision, seed=seed)
+        eps=_size('eps', eps), alpha=_size('alpha', alpha), steps=steps, norm=norm, eval_eps=_size('eval-eps', eval_eps), lam=lam,
+        lam_schedule=lam_schedule, warmup=warmup, holdout=holdout, n_train=n_train, n_test=n_test, img_size=img_size,
+        precision=precision, seed=seed)
     load_pieces(load)
     _place(device)
     if resume: return _show(resume_run(out, device, methods, attacks, _given(profile=profile, **settings)), out)
@@ -351,8 +353,10 @@ def _arguments(name, argv) -> tuple: # positional, by name
         parser.error(f'there is no place for {word!r}')
     positional,options = [],{}
     for k,p in params.items():
-        if p.kind is p.VAR_POSITIONAL: positional += getattr(given, k)
-        else: options[k] = getattr(given, k)
+        value = getattr(given, k)
+        if value == '' or value == ['']: parser.error(f'{k.replace("_", "-")} is empty: leave it out, or give it a value')
+        if p.kind is p.VAR_POSITIONAL: positional += value
+        else: options[k] = value
     return positional,options
 
 def _way_on(argv) -> str:

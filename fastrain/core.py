@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Registered', 'check_number', 'parse_eps', 'eval_mode', 'upcast', 'seed_all', 'get_rng_state', 'set_rng_state',
-           'fork_rng', 'undisturbed', 'atomic_path', 'save_text', 'save_json', 'read_json', 'save_tensors',
-           'load_tensors', 'peek_batch', 'unit_vectors', 'environment']
+           'fork_rng', 'undisturbed', 'atomic_path', 'remove_unfinished', 'save_text', 'save_json', 'read_json',
+           'save_tensors', 'load_tensors', 'peek_batch', 'unit_vectors', 'environment']
 
 # %% ../nbs/core.ipynb #58cecff6
 import errno, json, math, numbers, os, platform, random, re, tempfile
@@ -116,8 +116,8 @@ def parse_eps(
     "A size such as `'8/255'` as a float"
     try:
         text = str(s)
-        numerator,_,denominator = text.partition('/')
-        size = float(numerator)/float(denominator or 1)
+        numerator,slash,denominator = text.partition('/')
+        size = float(numerator)/float(denominator if slash else 1)
         if text.isascii() and text.isprintable() and 0 <= size < math.inf: return size
     except (ValueError, ZeroDivisionError): pass
     raise ValueError(f'{shown(s)} is not a size: write a fraction such as 8/255 or a number such as 0.031')
@@ -185,13 +185,15 @@ def undisturbed(dl):
             dl.rng = rng
 
 # %% ../nbs/core.ipynb #ac9aeac6
+_unfinished = '.unfinished-' # begins the names of files that are being written
+
 @contextmanager
 def atomic_path(path):
     "A temporary path in the folder of `path`, which takes the place of `path` when the `with` ends well"
     path = Path(path)
     with _errors_of_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd,name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
+        fd,name = tempfile.mkstemp(dir=path.parent, prefix=f'{_unfinished}{path.stem}-', suffix=path.suffix)
         os.close(fd)
         tmp = Path(name)
         try:
@@ -199,6 +201,10 @@ def atomic_path(path):
             tmp.chmod(0o666 & ~_umask()) # mkstemp makes files that only their owner can read
             os.replace(tmp, path)
         finally: tmp.unlink(missing_ok=True)
+
+def remove_unfinished(folder):
+    "Remove what processes that were killed have left of `atomic_path` in a folder and those in it; nobody may be writing there"
+    for file in Path(folder).rglob(f'{_unfinished}*'): file.unlink(missing_ok=True)
 
 def _umask():
     "The permissions that new files lack; they can be read only by setting them"

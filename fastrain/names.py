@@ -20,7 +20,7 @@ def lookup(
     near = difflib.get_close_matches(str(name).lower(), valid, n=3, cutoff=0.4)
     if near: hint = f'Did you mean {" or ".join(map(repr, near))}?'
     else: hint = f'Choose one of {", ".join(valid[:20])}.'
-    raise ValueError(f'Unknown {kind} {name!r}. {hint}')
+    raise ValueError(f'Unknown {kind} {shown(name)}. {hint}')
 
 # %% ../nbs/names.ipynb #c0e0001a
 def shown(o) -> str:

@@ -391,7 +391,8 @@ def test_shell_with_own_attack_measure_and_picture(run, tmp_path, monkeypatch, c
         shell(monkeypatch, 'compare', run, '--out', tmp_path/'compared', '--load', tmp_path/'own.py')
         assert 'Halving' in capsys.readouterr().out
         page,compared = (run/'report.md').read_text(),(tmp_path/'compared'/'report.md').read_text()
-        assert '| method | natural | PGD-20 | Halving | worst case | L_TP | sure |' in page and '*Nothing at all.*' in page and '| Halving |' in page
+        assert '| method | natural | PGD-20 | Halving | worst case | L_TP | sure |' in page
+        assert '*Nothing at all.*' in page and '| Halving |' in page
         assert '| at | at+train | Halving |' in compared and '| 25.00 |' in compared
     finally:
         AttackKind.registry.pop('halve-of-the-shell', None)

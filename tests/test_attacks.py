@@ -257,7 +257,7 @@ def test_check_negative_labels(y):
     with pytest.raises(ValueError, match=str(y)): check_labels(torch.tensor([0, y]), 10) # -100 would be left out of the loss without a word
 
 @pytest.mark.parametrize('kwargs, match', [
-    (dict(eps=0), 'eps=0'), (dict(eps=-.1), 'eps=-0.1'), (dict(eps='8/255'), "eps='8/255'"), (dict(eps=8), 'write 8/255 instead of 8'),
+    (dict(eps=0), 'eps=0'), (dict(eps=-.1), 'eps=-0.1'), (dict(eps='8/'), "'8/' is not a size"), (dict(eps=8), 'write 8/255 instead of 8'),
     (dict(alpha=0), 'alpha=0'), (dict(alpha=-1), 'alpha=-1'), (dict(alpha=2), 'write 2/255 instead of 2'),
     (dict(eps=float('nan')), 'eps=nan'), (dict(eps=float('inf')), 'eps=inf'), (dict(alpha=float('nan')), 'alpha=nan'),
     (dict(steps=-1), 'steps=-1'), (dict(steps=1.5), 'steps=1.5'), (dict(norm='linfinity'), 'linf'),

@@ -86,7 +86,8 @@ def as_an_older_version(out):
         torch.save(part, f)
 
 @pytest.mark.parametrize('attacks, change, kept, why', [
-    ('natural,fgsm', keeps, True, ''), ('natural,fgsm', inverts, False, 'on another model'), ('fgsm', keeps, False, 'by an older fastrain')])
+    ('natural,fgsm', keeps, True, ''), ('natural,fgsm', inverts, False, 'on another model'),
+    ('fgsm', keeps, False, 'by an older fastrain')])
 def test_figures_of_an_older_version(tmp_path, attacks, change, kept, why):
     "Natural images tell whether the model is the same; without them nothing does"
     run(hooked(keeps), attacks=attacks, out=tmp_path)

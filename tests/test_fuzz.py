@@ -413,7 +413,7 @@ FAULTS = [ # what was no clear error once, and what the message says now
     (lambda: parse_method('mca:queue=inf'), 'queue=inf: expected a whole number'),
     (lambda: parse_method('las:interval=inf'), 'interval=inf: expected a whole number'),
     (lambda: parse_method('crd:k=inf'), 'k=inf: expected a whole number'),
-    (lambda: parse_method(f'at:confidence={"~"*900}1'), 'confidence=.*: expected a probability'),
+    (lambda: parse_method(f'at:confidence={"~"*900}1'), 'confidence=.*: expected a number'),
     (lambda: parse_method(f'at:confidence={"("*5000}'), 'expected a name of at most 1000 characters'),
     (lambda: clean_state_dict({1: WEIGHT}), 'expected named tensors'),
     (lambda: clean_state_dict(cyclic()), 'holds itself'),

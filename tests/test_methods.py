@@ -262,7 +262,7 @@ every = [m if m in quick_ones else pytest.param(m, marks=pytest.mark.slow) for m
 
 def small(method):
     "The same with a small strategy network"
-    return '+'.join(re.sub('^las:?', 'las:net=resnet10t_16,', p) for p in method.split('+'))
+    return '+'.join(re.sub('^las(:|$)', 'las:net=resnet10t_16,', p).rstrip(',') for p in method.split('+'))
 
 @pytest.fixture(scope='module')
 def recipe(): return make_recipe('digits', epochs=1, warmup=1, bs=8, steps=1, n_valid=4, lr=.05)

@@ -86,7 +86,8 @@ def told(tmp_path, text, call=None):
     ('\n\ndef f(:\n', 'own.py", line 3', 'SyntaxError: invalid syntax'),
     ('if 1:\nx\n', 'own.py", line 2', 'IndentationError'),
     ('from fastrain.core import lookup\nlookup("tardes", ["trades"])\n', 'own.py", line 2, in <module>', "Unknown name 'tardes'"),
-    ('from fastrain.pieces.losses import AT\n\nclass Mine(AT):\n    key = "mart"\n', 'own.py", line 3, in <module>', "key 'mart' belongs to")])
+    ('from fastrain.pieces.losses import AT\n\nclass Mine(AT):\n    key = "mart"\n',
+     'own.py", line 3, in <module>', "key 'mart' belongs to")])
 def test_an_error_is_shown_with_its_own_line_and_without_ours(tmp_path, text, line, what):
     shown,_ = told(tmp_path, text)
     assert line in shown and what in shown.splitlines()[-1]

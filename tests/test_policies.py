@@ -277,7 +277,7 @@ def test_file_of_something_else(tmp_path, o):
     with pytest.raises(ValueError, match='other.pt'): trained_standard(tmp_path/'other.pt', 10, 32)
 
 def test_mistyped_path(dls, tmp_path):
-    with pytest.raises(ValueError, match='nothing'): standard('at+train', dls, standard=str(tmp_path/'nothing'))
+    with pytest.raises(FileNotFoundError, match='nothing'): standard('at+train', dls, standard=str(tmp_path/'nothing'))
 
 def test_images_of_another_size(run):
     model,inner = trained_standard(run, 10, 48).eval(),load_run_model(run, 'standard')[0]

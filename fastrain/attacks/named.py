@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .autoattack import AutoAttack, OfficialAttack
 from .pgd import FGSM, PGD, Plan, as_size, norms, objectives, random_noise, starts
 from .worst import WorstCase
-from ..core import Registered, check_name, lookup, parse_eps
+from ..core import Registered, check_name, check_number, lookup, parse_eps
 
 # %% ../../nbs/attacks/named.ipynb #0ea9c885
 class WhileRight(PGD):
@@ -159,6 +159,7 @@ def _checked_name(base, key, steps, convention, size):
     if steps and kind.steps is None:
         numbered = [k for k,c in AttackKind.registry.items() if c.steps is not None]
         raise ValueError(f'{base!r}: only {" and ".join(numbered)} have a number of steps')
+    if steps: check_number(f'steps of {base}', int(steps), at_least=1, whole=True, what='number of steps')
     if size and key == 'natural': raise ValueError(f'\'{base}@{size}\': natural images have no ε')
     return _Name(base, kind, int(steps) if steps else kind.steps, convention, size)
 
@@ -171,7 +172,13 @@ def parse_attack(
     seed:int=0 # Of AutoAttack
 ) -> NamedAttack:
     "The attack that papers call so, with what its name says"
-    if '+' in check_name('attack', name): return _parse_worst_case(name, eps, alpha, norm, seed)
+    check_name('attack', name)
+    try: return (_parse_worst_case if '+' in name else _parse_one)(name, eps, alpha, norm, seed)
+    except ValueError as e:
+        if name in str(e): raise
+        raise ValueError(f'attack {name!r}: {e}') from None # the message is about a part of the name
+
+def _parse_one(name, eps, alpha, norm, seed):
     parts = _split_name(name)
     if parts.size: eps = parse_eps(parts.size)
     if parts.size or parts.convention: alpha = None

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from ..core import environment, fork_rng, get_rng_state, load_tensors, lookup, peek_batch, read_json, set_rng_state, shown
-from ..core import save_json, save_text
+from ..core import remove_unfinished, save_json, save_text
 from ..evaluation.record import read_record
 from ..models.backbone import load_weights
 from ..models.stored import stored_backbone
@@ -157,6 +157,7 @@ def _acquire(lock, out):
     except OSError as e:
         if e.errno not in _no_locks: raise
         warnings.warn(f'{out} is on a file system without locks: see to it that only one process at a time trains or evaluates in it')
+    remove_unfinished(out)
     save_text(out/'.holder', f'process {os.getpid()} on {platform.node()}')
 
 def _release(lock, out):

@@ -169,7 +169,7 @@ def parse_method(
     try:
         m = _assemble(name)
         _check_method(m)
-    except (TypeError, ValueError) as e: raise ValueError(f'{method!r}: {e}') from None
+    except (TypeError, ValueError) as e: raise ValueError(f'{shown(method)}: {e}') from None
     return m
 
 def _assemble(name) -> Method:
