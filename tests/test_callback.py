@@ -1,5 +1,7 @@
 "What one batch costs, that M and M' are exactly what they would be alone, and what is recorded"
 import csv
+import json
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from fastrain.core import seed_all
 from fastrain.data.sources import get_dls
 from fastrain.training.metrics import RobustAccuracy
 from fastrain.pieces.losses import AT, TRADES, Natural
+from fastrain.models.backbone import create_backbone
 from fastrain.models.features import logits_and_features
 from fastrain.pieces.relations import Topology, topology_loss
 from fastrain.training.schedules import LambdaSchedule, schedules, torch_sgd
@@ -407,3 +410,25 @@ def test_torch_loaders():
 
 def test_relation_without_standard_model():
     with pytest.raises(ValueError, match='needs a standard model'): TRAINCallback(None, relation=Topology())
+
+# --- what trains, by name
+
+def test_settings_say_what_trains():
+    cb = TRAINCallback('resnet10t_16', robust=TRADES(beta=3), attack=PGD(.1, .05, 2), lam=2)
+    found = cb.settings()
+    assert found['robust'] == dict(kind='TRADES', beta=3.) and found['attack']['eps'] == .1 and found['lam']['lam_max'] == 2
+    assert found['relations.l_tp']['detach'] and found['standard']['standard'] == 'resnet10t_16' and found['perturb'] is None
+    assert json.loads(json.dumps(found)) == found
+    other = TRAINCallback('resnet10t_16', robust=TRADES(beta=4), attack=PGD(.1, .05, 2), lam=2).settings()
+    assert [n for n in found if found[n] != other[n]] == ['robust']
+
+def test_settings_stay_the_same():
+    "Before a training and after it, of a name and of its backbone, and wherever a warm-up is kept"
+    def make(standard, keep=None):
+        return TRAINCallback(CoTrained(standard, keep=keep, opt_func=partial(Adam, mom=.8)), attack=quick(), lam=lambda t: 5*t)
+    cb = make('resnet10t_16')
+    before = cb.settings()
+    fit(cb, n_epoch=1)
+    assert cb.settings() == before == make(create_backbone('resnet10t_16', 10, small_images=False), 'warm.pt').settings()
+    assert ' at 0x' not in json.dumps(before)
+    assert make(net(2)).settings()['standard']['standard'] == make(make_learner(digit_dls(), net(2))).settings()['standard']['standard'] == 'Net'

@@ -294,3 +294,38 @@ def test_epoch(method, recipe, dls, warm):
         assert type(cb.policy) is (Frozen if 'frozen' in keys else CoTrained) and cb.policy.warmup == (not grown_together)
         if cb.policy.warmup: assert same(snapshot(cb.policy.model), load_tensors(warm)['model']) == ('frozen' in keys)
     else: assert cb.policy is None
+
+# --- what is typed wrong
+
+@pytest.mark.parametrize('method, match', [
+    ('trades:', 'trades: there is no parameter where one was expected: .*trades:beta=6.0'),
+    ('trades:beta=3,', 'trades: there is no parameter'), ('trades:,beta=3', 'trades: there is no parameter'), ('standard:', 'has none'),
+    ('lbgat0:', 'lbgat: there is no parameter'), ('trades:beta=', "'beta=' is no parameter"), ('trades:=3', "'=3' is no parameter"),
+    ('trades:beta=3,beta=4', 'trades is given beta twice'), ('trades:beta=3,Beta=4', 'trades is given beta twice'),
+    ("at+train':detach=true", 'train is given detach twice'), ('trades:beta=abc', "trades: beta='abc': expected a number"),
+    ('trades:beta=true', 'trades: beta=True: expected a number'), ('trades:beta=none', 'trades: beta=None: expected a number ≥ 0'),
+    ('trades:beta=(1,2)', r'trades: beta=\(1, 2\): expected a number'), ('at+train:detach=maybe', "train: detach='maybe': expected true or false"),
+    ('at+train:weight=abc', "train: weight='abc': expected a number"), ('at+ema:warmup=yes', "ema: warmup='yes': expected true or false"),
+    ('at+train+cotrained:follow=3', 'cotrained: follow=3: expected true or false'), ('fat:breaks=("a",)', "fat: breaks='a': expected a number"),
+    ('at+train+cotrained:warmup=abc', "cotrained: warmup='abc': expected a number"),
+    ('at+train+cotrained:warmup=-1', 'cotrained: warmup=-1: expected a whole number'),
+    ('at+train+cotrained:warmup_lr=0', 'cotrained: warmup_lr=0: expected a learning rate > 0'),
+    ('at+train+cotrained:seed=1.5', 'cotrained: seed=1.5: expected a whole seed'),
+    ('at+train+cotrained:opt_func=3', "no parameter 'opt_func'"), ('sat:shape=[1]', "'shape=' is no parameter")])
+def test_typed_wrong(method, match):
+    with pytest.raises(ValueError, match=match) as e: parse_method(method)
+    assert '\n' not in str(e.value) and repr(method) in str(e.value)
+
+def test_own_piece_is_checked_by_its_annotations(monkeypatch):
+    monkeypatch.setattr(RobustLoss, 'registry', dict(RobustLoss.registry))
+    class Own(RobustLoss):
+        key = 'own'
+        def __init__(self, beta:float=1., on:'bool'=True, mode:str='a'): self.beta,self.on,self.mode = beta,on,mode
+    assert parse_method('own:beta=2,on=false,mode=b').robust.settings() == dict(beta=2, on=False, mode='b')
+    for wrong in ('beta=x', 'beta=false', 'on=2', 'on=x'):
+        with pytest.raises(ValueError, match=f'own: {wrong[:2]}'): parse_method(f'own:{wrong}')
+
+@pytest.mark.parametrize('make', [lambda: Topology(detach='no'), lambda: Topology(detach_rho=1), lambda: LBGAT(detach='true'),
+                                  lambda: EMA(warmup='no'), lambda: CoTrained(follow='no')])
+def test_flags(make):
+    with pytest.raises(ValueError, match='expected True or False'): make()

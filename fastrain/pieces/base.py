@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from ..core import upcast
+from ..core import shown, upcast
 from ..models.features import logits_and_features
 
 # %% ../../nbs/pieces/base.ipynb #0b1742a6
@@ -83,3 +83,9 @@ class Piece:
     paper,approximate = '','' # Source with equation; what had to be guessed, if the paper leaves it open
     module = None # Trained along with M'
     def setup(self, training:Training): "Make what depends on model and data, once"
+
+# %% ../../nbs/pieces/base.ipynb #2e2e7b45
+def check_flag(name:str, value) -> bool:
+    "`value` if it is True or False, or a `ValueError`"
+    if isinstance(value, bool): return value
+    raise ValueError(f'{name}={shown(value)}: expected True or False')

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import Registered, check_number, lookup, unit_vectors, upcast
-from .base import Piece, Views
+from .base import Piece, Views, check_flag
 from .losses import RobustLoss
 
 # %% ../../nbs/pieces/relations.ipynb #821b282f
@@ -96,7 +96,7 @@ class Topology(Relation):
     ):
         self.weight = _check_weight(weight)
         self.reduction = lookup(reduction, ('sum', 'batchmean'), 'reduction')
-        self.detach,self.detach_rho = detach,detach_rho
+        self.detach,self.detach_rho = check_flag('detach', detach),check_flag('detach_rho', detach_rho)
     @property
     def joint(self): return not self.detach
     def __call__(self, v): return topology_loss(v.std.features, v.adv.features, self.reduction, self.detach, self.detach_rho)
@@ -195,7 +195,7 @@ class LBGAT(Relation):
         weight:float=1. # γ, 1 as published; None: the λ(t) of the training
     ):
         if ce not in (None, True, False): raise ValueError(f'ce={ce!r}: expected None, True or False')
-        self.detach,self.ce = detach,ce
+        self.detach,self.ce = check_flag('detach', detach),ce
         self.weight = _check_weight(weight)
 
     @property

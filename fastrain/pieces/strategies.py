@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ..attacks.pgd import Plan, margin
-from ..core import Registered, check_number, eval_mode, lookup, upcast
+from ..core import Registered, check_number, eval_mode, lookup, shown, upcast
 from .base import Piece, Step, Views
 
 # %% ../../nbs/pieces/strategies.ipynb #3ecff454
@@ -28,6 +28,11 @@ class Strategy(Piece, Registered):
     def attacked(self, step:Step): "Called when the adversarial images `step.views.x_adv` are made"
 
 # %% ../../nbs/pieces/strategies.ipynb #e8754d29
+def _check_breaks(breaks):
+    "An error unless they are numbers of epochs"
+    if not isinstance(breaks, (tuple, list)): raise ValueError(f'breaks={shown(breaks)}: expected full epochs ≥ 0 such as (50,90)')
+    for b in breaks: check_number('breaks', b, at_least=0, what='number of full epochs in each place')
+
 class FAT(Strategy):
     "Friendly adversarial training: an image stops when it is found misclassified for the (τ+1)-th time"
     key,paper = 'fat','Zhang et al., ICML 2020'
@@ -38,8 +43,7 @@ class FAT(Strategy):
         of:int=None, # Length of the training that `breaks` count in; None: as published, or with breaks of your own, of this one
         noise:float=None # ω, standard deviation of the noise on each step, in units of the images; None: as published, 0.001 (at) or 0
     ):
-        if breaks is not None and not (isinstance(breaks, (tuple, list)) and all(b >= 0 for b in breaks)):
-            raise ValueError(f'breaks={breaks!r}: expected full epochs ≥ 0 such as (50,90)')
+        if breaks is not None: _check_breaks(breaks)
         if of is not None: check_number('of', of, above=0, what='number of epochs')
         if noise is not None: check_number('noise', noise, at_least=0, what='standard deviation')
         self.breaks,self.of,self.noise = breaks,of,noise

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core import Registered, check_number
 from ..models.backbone import load_weights
-from .base import Piece, Step, Training
+from .base import Piece, Step, Training, check_flag
 
 # %% ../../nbs/pieces/weights.ipynb #51fad3f6
 class Perturbation(Piece, Registered):
@@ -111,7 +111,7 @@ class EMA(Averaging):
         decay:float=.999, # Weight of the past in each step
         warmup:bool=True # Start with a smaller decay that grows with the steps, so that a short training is averaged too
     ):
-        self.decay,self.warmup = check_number('decay', decay, at_least=0, below=1),warmup
+        self.decay,self.warmup = check_number('decay', decay, at_least=0, below=1),check_flag('warmup', warmup)
         self._ema,self._steps = None,0
 
     @property

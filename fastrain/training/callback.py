@@ -7,13 +7,16 @@ __all__ = ['TRAINCallback']
 
 # %% ../../nbs/training/callback.ipynb #ba924a4a
 import copy
+import inspect
 import math
+import re
 from contextlib import nullcontext
 
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
+from fastai.learner import Learner
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -331,3 +334,34 @@ def load_state_dict(self:TRAINCallback, state):
 @patch
 def _with_state(self:TRAINCallback):
     return {n: p for n,p in {**self.pieces, 'attack': self.attack}.items() if hasattr(p, 'state_dict')}
+
+# %% ../../nbs/training/callback.ipynb #2de9005b
+@patch
+def settings(self:TRAINCallback) -> dict:
+    "What trains, by name: the pieces by family, the attack, λ, and the standard model's policy; each `{'kind': ..., argument: value}`"
+    parts = {**dict.fromkeys(_single), **self.pieces, 'attack': self.attack, 'lam': self.lam, 'standard': self.policy}
+    found = {name: part and _described(part) for name,part in parts.items()}
+    if self.policy: found['standard'].pop('keep', None)
+    return found
+
+_single = 'robust','strategy','perturb','average' # families of which a training has one piece
+_address = re.compile(' at 0x[0-9a-fA-F]+')
+
+def _described(o) -> dict:
+    "The class of `o`, and the arguments that it keeps"
+    inits = [c.__init__ for c in type(o).__mro__ if '__init__' in vars(c) and c is not object]
+    names = {n for init in inits for n in inspect.signature(init).parameters}
+    return {'kind': type(o).__name__, **{n: _plain_value(v) for n,v in vars(o).items() if n in names}}
+
+def _plain_value(v):
+    "A value as JSON can hold it, and as it will be tomorrow"
+    if isinstance(v, Learner): v = v.model
+    if isinstance(v, nn.Module): return _name_of(v)
+    if isinstance(v, (list, tuple)): return [_plain_value(o) for o in v]
+    if v is None or isinstance(v, (str, int, float)): return v
+    return getattr(v, '__qualname__', None) or _address.sub('', repr(v))
+
+def _name_of(model):
+    "A backbone's name, or the class of another model"
+    settings = getattr(model, 'settings', None)
+    return settings.get('name', type(model).__name__) if isinstance(settings, dict) else type(model).__name__

@@ -16,7 +16,7 @@ import fastrain.pieces.crd # CRD enters its family
 import fastrain.pieces.las # and LAS
 from fastcore.docments import docments
 
-from ..core import check_name, lookup
+from ..core import check_name, lookup, shown
 from ..pieces.losses import RobustLoss
 from ..pieces.relations import Relation
 from ..pieces.strategies import Strategy
@@ -111,30 +111,52 @@ class Method:
 # %% ../../nbs/training/methods.ipynb #24805d8e
 def _arguments(text, piece) -> dict:
     "Arguments for `piece` as they were typed, such as 'beta=3,weight=none'"
-    names = {n.lower(): n for n in _parameter_names(piece)}
-    args = {}
+    params,args = _typed_parameters(piece),{}
+    names = {n.lower(): n for n in params}
     for pair in re.split(r',(?![^()]*\))', text): # not at the commas of a tuple
-        if not pair: continue
-        name,_,value = pair.partition('=')
-        if not (name and value): raise ValueError('write parameters as name=value, for example trades:beta=3')
-        if name.lower() not in names:
-            raise ValueError(f'{piece.key} has no parameter {name.lower()!r}; it has {", ".join(names.values()) or "none"}')
-        args[names[name.lower()]] = _value(value)
+        typed,_,value = pair.partition('=')
+        if not (typed and value):
+            wrong = f'{shown(pair)} is no parameter' if pair else 'there is no parameter where one was expected'
+            raise ValueError(f'{piece.key}: {wrong}: {_how_to_type(piece, params)}')
+        name = names.get(typed.lower())
+        if name is None:
+            raise ValueError(f'{piece.key} has no parameter {typed.lower()!r}; it has {", ".join(params) or "none"}')
+        if name in args: raise ValueError(f'{piece.key} is given {name} twice: leave one of them out')
+        args[name] = _as_annotated(piece, params[name], _value(value))
     return args
 
-def _parameter_names(piece) -> list:
-    "Names of the constructor's arguments, those passed on to its base included"
-    if piece.__init__ is object.__init__: return []
-    params = inspect.signature(piece.__init__).parameters.values()
-    own = [p.name for p in params if p.kind is not p.VAR_KEYWORD and p.name not in ('self', 'standard')]
-    if not any(p.kind is p.VAR_KEYWORD for p in params): return own
-    return own + [n for n in _parameter_names(piece.__mro__[1]) if n not in own]
+def _how_to_type(piece, params) -> str:
+    "An example of a parameter"
+    if not params: return f'{piece.key} has none, write it without a colon'
+    first = next(iter(params.values()))
+    return f'write them as name=value, for example {piece.key}:{first.name}={first.default}'
+
+def _typed_parameters(piece) -> dict: # `{name: inspect.Parameter}`
+    "The constructor's arguments, those passed on to its base included, but for models and optimizers"
+    if piece.__init__ is object.__init__: return {}
+    params = inspect.signature(piece.__init__).parameters
+    own = {n: p for n,p in params.items() if p.kind is not p.VAR_KEYWORD and n not in ('self', *_objects)}
+    if not any(p.kind is p.VAR_KEYWORD for p in params.values()): return own
+    return own | {n: p for n,p in _typed_parameters(piece.__mro__[1]).items() if n not in own}
+
+_objects = 'standard','opt_func' # arguments that have no name to type
+
+def _as_annotated(piece, param, value):
+    "`value` if it is of the kind that a parameter is annotated with; None is always let pass, as its piece knows what it means"
+    kind = getattr(param.annotation, '__name__', param.annotation)
+    types,what = {'float': (_numbers, 'a number'), 'int': (_numbers, 'a number'), 'bool': (bool, 'true or false')}.get(kind, (object, ''))
+    wrong_kind = not isinstance(value, types) or (types is _numbers and isinstance(value, bool))
+    if value is not None and wrong_kind: raise ValueError(f'{piece.key}: {param.name}={shown(value)}: expected {what}')
+    return value
+
+_numbers = int,float
 
 def _value(text):
     if text.lower() in ('true', 'false', 'none'): text = text.capitalize()
     for read in (ast.literal_eval, float): # float for inf
-        try: return read(text)
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError): pass # the last two: deeply nested
+        try: value = read(text)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError): continue # the last two: deeply nested
+        if value is None or isinstance(value, (int, float, str, tuple)): return value
     return text
 
 # %% ../../nbs/training/methods.ipynb #b68463f9
@@ -167,15 +189,21 @@ def _only(found, family):
 
 def _add(found, part):
     "Enter the piece that `part` names; of relations alone there may be several"
-    key,_,text = part.partition(':')
+    key,colon,text = part.partition(':')
     family = _family_of(key)
-    args = _arguments(text, piece_families[family].registry[key])
+    cls = piece_families[family].registry[key]
+    args = _arguments(text, cls) if colon else {}
     others = found.setdefault(family, {})
     for other in others:
         if family != 'relations' or other == key:
             raise ValueError(f'the method names two pieces of one kind ({family}): {other} and {key}. Only one can be used')
-    cls = piece_families[family].registry[key]
-    others[key] = (cls, args) if family == 'policy' else cls(**args)
+    piece = _made(cls, args)
+    others[key] = (cls, args) if family == 'policy' else piece
+
+def _made(cls, args):
+    "The piece; an error about an argument says whose it is"
+    try: return cls(None, **args) if issubclass(cls, StandardPolicy) else cls(**args)
+    except (TypeError, ValueError) as e: raise ValueError(f'{cls.key}: {e}') from None
 
 def _check_method(m):
     "Errors for pieces that cannot work together"
@@ -194,7 +222,7 @@ def _parameters(piece):
     if piece.__init__ is object.__init__: return {}
     docs = docments(piece.__init__)
     params = inspect.signature(piece.__init__).parameters.items()
-    return {n: (p.default, docs.get(n) or '') for n,p in params if p.default is not p.empty and n not in ('standard', 'opt_func')}
+    return {n: (p.default, docs.get(n) or '') for n,p in params if p.default is not p.empty and n not in _objects}
 
 # %% ../../nbs/training/methods.ipynb #f7ad1d97
 _how_to_join = '''

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import Registered, check_number, eval_mode, fork_rng, load_tensors, save_tensors, seed_all, undisturbed, upcast
-from ..pieces.base import Output
+from ..pieces.base import Output, check_flag
 from ..models.features import find_classifier, logits_and_features
 from ..models.backbone import create_backbone, load_weights
 
@@ -69,6 +69,8 @@ class StandardPolicy(Registered):
     ):
         self.standard = standard
         self.warmup = check_number('warmup', warmup, at_least=0, whole=True, what='number of epochs')
+        if warmup_lr is not None: check_number('warmup_lr', warmup_lr, above=0, what='learning rate')
+        if seed is not None: check_number('seed', seed, at_least=-2**63, below=2**64, whole=True, what='seed of 64 bits')
         self.warmup_lr,self.seed,self.keep = warmup_lr,seed,keep
         self._learner,self._warm = None,False
 
@@ -173,7 +175,7 @@ class CoTrained(StandardPolicy):
         **kwargs # See `StandardPolicy`
     ):
         super().__init__(standard, warmup, warmup_lr, **kwargs)
-        self.follow,self.opt_func = follow,opt_func
+        self.follow,self.opt_func = check_flag('follow', follow),opt_func
 
     def build(self, *args):
         super().build(*args)
