@@ -45,7 +45,7 @@ def _given(**options): return {k: v for k,v in options.items() if v is not None}
 
 # %% ../nbs/cli.ipynb #058fa52d
 def train(
-    data:str='digits', # Data set (digits, cifar10, cifar100, tiny-imagenet) or a folder of images with train/ and test/ or valid/
+    data:str=None, # Data set (default digits; cifar10, cifar100, tiny-imagenet) or a folder of images with train/ and test/ or valid/
     method:str=None, # Methods, comma-separated, compared from the same weights; see `fastrain methods` (default standard,at,at+train)
     out:str='runs/train', # Folder for checkpoints, results, pictures and report; must be new
     backbone:str=None, # Adversarial model: any timm name (default resnet18; digits: resnet10t_16)
@@ -74,20 +74,22 @@ def train(
     precision:str=None, # fp32, bf16 or fp16; the last two on a GPU (default fp32)
     device:str=None, # cpu, cuda, ... (default: a GPU if there is one)
     seed:int=None, # Seed of weights, batches and attacks (default 1)
-    attacks:str='natural,pgd20', # Evaluate under these, see `fastrain evaluate --help`
+    attacks:str=None, # Evaluate under these, see `fastrain evaluate --help` (default natural,pgd20)
     load:str=None, # Python files with pieces of your own, comma-separated
-    resume:bool=False # Continue the interrupted run in --out with its settings; methods in --method that it lacks are added
+    # Continue the interrupted run in --out with its settings; methods in --method that it lacks are added. Options that differ
+    # from its settings are refused, except for more --epochs where the schedule allows them
+    resume:bool=False
 ):
     "Train and compare methods on images, and write a folder with everything about it"
     load_pieces(load)
     methods,attacks = split_methods(method),_names(attacks)
-    if resume: return _show(resume_run(out, device, methods, attacks), out)
-    recipe = make_recipe(
-        profile, data=data, path=path, backbone=backbone, standard=standard or backbone, epochs=epochs, bs=bs, lr=lr,
-        drops=_drops(drops), wd=wd, eps=_size(eps), alpha=_size(alpha), steps=steps, norm=norm, eval_eps=_size(eval_eps),
-        lam=lam, lam_schedule=lam_schedule, warmup=warmup, holdout=holdout, n_train=n_train, n_test=n_test,
-        img_size=img_size, precision=precision, seed=seed)
-    _show(train_run(out, recipe, methods or ('standard', 'at', 'at+train'), device, attacks), out)
+    settings = dict(
+        data=data, path=path, backbone=backbone, standard=standard, epochs=epochs, bs=bs, lr=lr, drops=_drops(drops), wd=wd,
+        eps=_size(eps), alpha=_size(alpha), steps=steps, norm=norm, eval_eps=_size(eval_eps), lam=lam, lam_schedule=lam_schedule,
+        warmup=warmup, holdout=holdout, n_train=n_train, n_test=n_test, img_size=img_size, precision=precision, seed=seed)
+    if resume: return _show(resume_run(out, device, methods, attacks, _given(profile=profile, **settings)), out)
+    recipe = make_recipe(profile, **settings | dict(standard=standard or backbone))
+    _show(train_run(out, recipe, methods or ('standard', 'at', 'at+train'), device, attacks or ('natural', 'pgd20')), out)
 
 # %% ../nbs/cli.ipynb #93edfb7d
 def _show(results, out):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['lookup', 'Registered', 'check_number', 'parse_eps', 'eval_mode', 'upcast', 'seed_all', 'get_rng_state',
-           'set_rng_state', 'fork_rng', 'undisturbed', 'atomic_path', 'save_text', 'save_json', 'save_tensors',
-           'load_tensors', 'peek_batch', 'unit_vectors', 'environment']
+           'set_rng_state', 'fork_rng', 'undisturbed', 'atomic_path', 'save_text', 'save_json', 'read_json',
+           'save_tensors', 'load_tensors', 'peek_batch', 'unit_vectors', 'environment']
 
 # %% ../nbs/core.ipynb #58cecff6
-import difflib, json, math, numbers, os, platform, random, tempfile
+import difflib, errno, json, math, numbers, os, platform, random, re, tempfile
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -195,15 +195,16 @@ def undisturbed(dl):
 def atomic_path(path):
     "A temporary path in the folder of `path`, which takes the place of `path` when the `with` ends well"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd,name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
-    os.close(fd)
-    tmp = Path(name)
-    try:
-        yield tmp
-        tmp.chmod(0o666 & ~_umask()) # mkstemp makes files that only their owner can read
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    with _errors_of_writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd,name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
+        os.close(fd)
+        tmp = Path(name)
+        try:
+            yield tmp
+            tmp.chmod(0o666 & ~_umask()) # mkstemp makes files that only their owner can read
+            os.replace(tmp, path)
+        finally: tmp.unlink(missing_ok=True)
 
 def _umask():
     "The permissions that new files lack; they can be read only by setting them"
@@ -211,6 +212,19 @@ def _umask():
     os.umask(umask)
     return umask
 
+@contextmanager
+def _errors_of_writing(path):
+    "Errors of the system, as `OSError`s of the same kind that name `path`"
+    try: yield
+    except OSError as e:
+        if e.errno is None: raise # it is in our words already
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full: told = OSError(f'disk full: {path} could not be written. Make space, then give the same command again')
+        else: told = type(e)(f'{path} could not be written: {e.strerror}')
+        told.errno = e.errno
+        raise told from e
+
+# %% ../nbs/core.ipynb #c0e00020
 def save_text(path, text:str):
     "Write `text` atomically"
     with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
@@ -219,10 +233,22 @@ def save_json(path, o):
     "Write `o` as JSON, atomically"
     save_text(path, json.dumps(o, indent=1, default=_plain) + '\n')
 
+def read_json(path):
+    "What is in a JSON file; a `ValueError` says where it is damaged"
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f'There is no file {path}')
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e:
+        where = f' (line {e.lineno}, column {e.colno})' if isinstance(e, json.JSONDecodeError) else ''
+        raise ValueError(f'{path} is damaged: its text is not JSON{where}. Put a copy of it in its place, or remove it') from None
+
 # %% ../nbs/core.ipynb #9f2ad783
 def save_tensors(path, o):
     "`torch.save` atomically; `o` holds tensors, numbers, strings and containers of them only, see `load_tensors`"
-    with atomic_path(path) as tmp: torch.save(_plain_state(o), tmp)
+    with atomic_path(path) as tmp, open(tmp, 'wb') as file:
+        try: torch.save(_plain_state(o), file)
+        except RuntimeError as e: # torch's own, over the one of the system
+            raise e.__context__ if isinstance(e.__context__, OSError) else e
 
 def _plain_state(o):
     "`o` with NumPy scalars and fastai's lists as plain numbers and lists"
@@ -232,15 +258,23 @@ def _plain_state(o):
     if isinstance(o, tuple): return tuple(map(_plain_state, o))
     return o
 
+# %% ../nbs/core.ipynb #c0e00022
 def load_tensors(path, map_location='cpu'):
     "Load what `save_tensors` wrote, without ever executing what is in the file"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'There is no checkpoint {path}')
-    try: return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ValueError(f'{path} is not a checkpoint that can be loaded safely '
-                         f'(tensors, numbers and strings only): {why}') from e
+    with open(path, 'rb') as file:
+        try: return torch.load(file, map_location=map_location, weights_only=True)
+        except MemoryError: raise
+        except Exception as e: raise ValueError(f'{path} is not a checkpoint that can be loaded safely: {_why_unsafe(e)}') from None
+
+def _why_unsafe(e):
+    "torch's error in our words"
+    found = re.search(r'GLOBAL (\S+)', str(e))
+    if found: return (f'it holds {found[1]}, and only tensors, numbers, strings and containers of them are read. '
+                      'Save model.state_dict() alone, where it was made')
+    if 'TorchScript' in str(e): return 'it is a TorchScript archive, which holds code. Save model.state_dict() where it was made'
+    return 'it is damaged, incomplete or of another kind. Copy or make it again'
 
 # %% ../nbs/core.ipynb #c0e00002
 def peek_batch(dl):

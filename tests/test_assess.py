@@ -54,7 +54,7 @@ def test_training_leaves_everything(runs):
     run = Run(runs/'seed3')
     assert {f.name for f in run.out.iterdir()} == {
         'checkpoints', 'curves.png', 'relation.png', 'tradeoff.png', 'images.png', 'evaluation',
-        'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json'}
+        'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json', '.lock'}
     for m in METHODS: assert len(pd.read_csv(run.evaluation_folder(m)/'per_image.csv')) == 40
 
 def test_evaluate_run(run):

@@ -19,7 +19,7 @@ from fastrain.core import seed_all
 from fastrain.data.sources import get_dls
 from fastrain.training.metrics import RobustAccuracy
 from fastrain.pieces.crd import CRD
-from fastrain.pieces.losses import TRADES, Natural
+from fastrain.pieces.losses import AT, TRADES, Natural
 from fastrain.pieces.relations import Topology
 from fastrain.pieces.weights import EMA
 from fastrain.models.backbone import load_weights
@@ -186,7 +186,7 @@ def test_other_columns(stopped):
 def test_other_method(stopped): refused(build(stopped, at), Checkpoint(stopped/'ckpt', resume=True), ValueError, 'has the columns')
 
 def test_other_standard_model(stopped):
-    def other(): return TRAINCallback(net(2, width=6), attack=quick())
+    def other(): return TRAINCallback(CoTrained(net(2, width=6), warmup=1), attack=quick(), lam=LambdaSchedule(5., 'ramp'))
     refused(build(stopped, other), Checkpoint(stopped/'ckpt', resume=True), ValueError, 'does not fit Net')
 
 def test_other_optimizer(stopped):
@@ -223,8 +223,105 @@ def test_full_disk_keeps_the_last_checkpoint(stopped, monkeypatch):
         save(o, f, *args, **kwargs)
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', fails)
-    with pytest.raises(OSError, match='No space left'): run(build(stopped, at_train), Checkpoint(stopped/'ckpt', resume=True))
+    with pytest.raises(OSError, match='disk full'): run(build(stopped, at_train), Checkpoint(stopped/'ckpt', resume=True))
     assert (stopped/'ckpt'/'last.pt').read_bytes() == before and {f.name for f in (stopped/'ckpt').iterdir()} == {'last.pt', 'best.pt'}
+
+def at_train_with(**kwargs):
+    return TRAINCallback(CoTrained(net(2, drop=.2), warmup=1), **dict(attack=quick(), lam=LambdaSchedule(5., 'ramp')) | kwargs)
+
+@pytest.mark.parametrize('kwargs, match', [
+    (dict(attack=quick(eps=.3)), r'training: attack.eps: 0.1 in the checkpoint, 0.3 now\. Resume with the same settings'),
+    (dict(attack=quick(steps=3, eps=.1, alpha=.02)), r'attack.alpha: 0.05 in the checkpoint, 0.02 now; attack.steps: 2'),
+    (dict(lam=LambdaSchedule(7., 'ramp')), r'lam.lam_max: 5.0 in the checkpoint, 7.0 now'),
+    (dict(robust=AT(confidence=.7)), r'robust.confidence: 1.* in the checkpoint, 0.7 now'),
+    (dict(average=EMA()), r'average: None in the checkpoint, EMA now|has the columns')])
+def test_other_settings(stopped, kwargs, match):
+    "What trains now is not what trained the weights"
+    refused(build(stopped, lambda: at_train_with(**kwargs)), Checkpoint(stopped/'ckpt', resume=True), ValueError, match)
+
+def test_other_loss_function(stopped):
+    learn = build(stopped, at_train)
+    learn.loss_func = CrossEntropyLossFlat(weight=torch.ones(10)*2)
+    refused(learn, Checkpoint(stopped/'ckpt', resume=True), ValueError, r'loss_func.weight: None in the checkpoint, \[2.0, 2.0')
+
+def test_other_learning_rate(stopped):
+    "Scheduled, and constant"
+    def again(**kwargs):
+        learn = build(stopped, at_train)
+        with pytest.raises(ValueError, match=r'lr: \[0.00012, 0.003, .*\] in the checkpoint, \[0.0004, 0.01, '):
+            quietly(learn, 4, 1e-2, 'fit_one_cycle', cbs=[Checkpoint(stopped/'ckpt', resume=True)], **kwargs)
+    again()
+    learn = build(stopped, at_train)
+    with pytest.raises(ValueError, match='wd: 0.01 in the checkpoint, 0.1 now'):
+        quietly(learn, 4, 3e-3, 'fit_one_cycle', cbs=[Checkpoint(stopped/'ckpt', resume=True)], wd=.1)
+
+def test_file_that_does_not_say_what_trained_it(stopped):
+    "As of earlier versions: it goes on as before"
+    state = torch.load(stopped/'ckpt'/'last.pt', weights_only=True)
+    del state['training']
+    torch.save(state, stopped/'ckpt'/'last.pt')
+    assert len(run(build(stopped, at_train), Checkpoint(stopped/'ckpt', resume=True)).recorder.values) == 4
+
+# --- longer runs, lost files
+
+def test_a_run_becomes_longer(tmp_path):
+    "With a constant learning rate, bit for bit what it would have been"
+    whole = run(build(tmp_path/'a', at), Checkpoint(tmp_path/'a'/'ckpt', longer=True), 3, 'fit')
+    run(build(tmp_path/'b', at), Checkpoint(tmp_path/'b'/'ckpt'), 2, 'fit')
+    refused(build(tmp_path/'b', at), Checkpoint(tmp_path/'b'/'ckpt', resume=True), ValueError, '2 epochs, not 3', n_epoch=3, method='fit')
+    again = run(build(tmp_path/'b', at, seed=2), Checkpoint(tmp_path/'b'/'ckpt', resume=True, longer=True), 3, 'fit')
+    a,b = final(whole),final(again)
+    for k in a: assert same(a[k], b[k]), k
+    refused(build(tmp_path/'b', at), Checkpoint(tmp_path/'b'/'ckpt', resume=True, longer=True), ValueError, '3 epochs, not 2', n_epoch=2)
+
+def test_the_best_is_written_first(stopped, monkeypatch):
+    "A disk that is full at `last.pt`: the epoch is trained again, and nothing is missing"
+    whole = run(build(stopped/'whole', at_train), Checkpoint(stopped/'whole'/'ckpt', 'pgd2_accuracy'))
+    part = stopped/'part'
+    from fastrain.training import checkpoint
+    save = checkpoint.save_tensors
+    def fails(path, o):
+        if path.name == 'last.pt' and o['epoch'] == 2: raise OSError(28, 'No space left on device')
+        save(path, o)
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, 'save_tensors', fails)
+        with pytest.raises(OSError): run(build(part, at_train), Checkpoint(part/'ckpt', 'pgd2_accuracy'))
+    again = run(build(part, at_train, seed=2), Checkpoint(part/'ckpt', 'pgd2_accuracy', resume=True))
+    a,b = final(whole),final(again)
+    for k in a: assert same(a[k], b[k]), k
+    x,y = (torch.load(p/'ckpt'/'best.pt', weights_only=True) for p in (stopped/'whole', part))
+    assert x['epoch'] == y['epoch'] and same(x['model'], y['model'])
+
+def better(learn):
+    "Makes each epoch better than the one before"
+    learn.recorder.values[-1][1] = -float(learn.epoch)
+
+def worse(learn): learn.recorder.values[-1][1] = float(learn.epoch)
+
+@pytest.mark.parametrize('damage', [lambda f: f.unlink(), lambda f: f.write_bytes(b'PK'), lambda f: torch.save([1, 2], f)])
+def test_best_is_written_again(tmp_path, damage):
+    "From `last.pt`, where the last epoch is the best"
+    run(build(tmp_path, at), Checkpoint(tmp_path/'ckpt'), 2, cbs=[Call('after_epoch', better, 64)])
+    before = torch.load(tmp_path/'ckpt'/'best.pt', weights_only=True)
+    damage(tmp_path/'ckpt'/'best.pt')
+    run(build(tmp_path, at), Checkpoint(tmp_path/'ckpt', resume=True), 2)
+    after = torch.load(tmp_path/'ckpt'/'best.pt', weights_only=True)
+    assert after.keys() == before.keys() and after['epoch'] == 2 and same(after['model'], before['model'])
+
+def test_best_is_lost(tmp_path):
+    "It is said, and training goes on; what is no better is not called the best"
+    with pytest.raises(KeyboardInterrupt):
+        run(build(tmp_path, at), Checkpoint(tmp_path/'ckpt'), 4, cbs=[Call('after_epoch', worse, 64), stop_after(1)])
+    (tmp_path/'ckpt'/'best.pt').unlink()
+    with pytest.warns(UserWarning, match='best.pt is not there or not of epoch 1, which was the best: its weights are lost'):
+        run(build(tmp_path, at), Checkpoint(tmp_path/'ckpt', resume=True), 4, cbs=[Call('after_epoch', worse, 64)])
+    assert not (tmp_path/'ckpt'/'best.pt').exists()
+
+@pytest.mark.parametrize('state', [[1, 2], {}, dict(epoch=1), 5, None])
+def test_files_of_another_kind(stopped, state):
+    torch.save(state, stopped/'ckpt'/'last.pt')
+    refused(build(stopped, at_train), Checkpoint(stopped/'ckpt', resume=True), ValueError,
+            'last.pt is not a checkpoint to resume from: it has no .*Remove it, and training starts anew')
 
 def test_only_callbacks_with_a_state_of_their_own_are_saved(tmp_path):
     "fastai's callbacks pass what they lack on to the learner and its model, whose `state_dict` is not theirs"

@@ -6,15 +6,17 @@
 __all__ = ['CHECKPOINTS', 'Run', 'read_run', 'method_in', 'method_folder', 'load_run_model', 'checkpoint_in_run']
 
 # %% ../../nbs/runs/run.ipynb #34f30e80
-import functools, json, re
+import errno, functools, json, os, platform, re, warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 from torch import nn
 
-from ..core import environment, fork_rng, get_rng_state, load_tensors, peek_batch, save_json, set_rng_state
+from ..core import environment, fork_rng, get_rng_state, load_tensors, peek_batch, save_json, save_text, set_rng_state
 from ..evaluation.record import read_record
 from ..models.backbone import create_backbone, load_weights
 from .recipe import Recipe, check_recipe, make_recipe, recipe_dls
@@ -86,6 +88,38 @@ def read_run(out) -> tuple: # recipe, methods
     run = Run(out)
     return run.recipe,run.methods
 
+# %% ../../nbs/runs/run.ipynb #c10c0002
+_no_locks = errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP # of some network file systems
+
+@patch
+@contextmanager
+def lock(self:Run):
+    "Keep the folder to this process inside the `with`; if another one has it, an error says who"
+    self.out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str((self.out/'.lock').resolve()), timeout=0, is_singleton=True, fallback_to_soft=False)
+    if lock.is_locked: yield # this process has it already
+    else:
+        _acquire(lock, self.out)
+        try: yield
+        finally: _release(lock, self.out)
+
+def _acquire(lock, out):
+    try: lock.acquire()
+    except Timeout: raise BlockingIOError(_in_use(out)) from None
+    except OSError as e:
+        if e.errno not in _no_locks: raise
+        warnings.warn(f'{out} is on a file system without locks: see to it that only one process at a time trains or evaluates in it')
+    save_text(out/'.holder', f'process {os.getpid()} on {platform.node()}')
+
+def _release(lock, out):
+    (out/'.holder').unlink(missing_ok=True)
+    lock.release()
+
+def _in_use(out):
+    try: who = (out/'.holder').read_text(encoding='utf-8')
+    except OSError: who = 'another process'
+    return f'{out} is in use by {who}: wait until it ends, or stop it, and give the same command again'
+
 # %% ../../nbs/runs/run.ipynb #72adbfd5
 @patch(cls_method=True)
 def create(cls:Run,
@@ -100,11 +134,14 @@ def create(cls:Run,
     run._check_names(run.methods)
     run._check_training(run.methods)
     _check_new(run.out)
-    save_json(run.out/'settings.json', dict(settings, recipe=run.recipe.settings()))
+    with run.lock():
+        _check_new(run.out) # another process may have been faster
+        save_json(run.out/'settings.json', dict(settings, recipe=run.recipe.settings()))
     return run
 
 def _check_new(out):
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    "Hidden files are a lock, or what a write left that was cut short"
+    if out.exists() and (not out.is_dir() or any(not f.name.startswith('.') for f in out.iterdir())):
         raise FileExistsError(f'{out} exists already. Choose another folder, or continue that run with --resume (Python: `resume_run`)')
 
 @patch
@@ -116,7 +153,7 @@ def add(self:Run, methods):
     if not new: return self
     self._check_training(new)
     self.methods,file = [*self.methods, *new],self.out/'settings.json'
-    save_json(file, dict(json.loads(file.read_text()), methods=self.methods))
+    with self.lock(): save_json(file, dict(json.loads(file.read_text()), methods=self.methods))
     return self
 
 @patch

@@ -61,12 +61,13 @@ def _record(run, method, learn, attacks) -> dict:
 
 def _finish(run, attacks) -> list:
     "Do what is left of a run"
-    for method in run.methods[len(run.results):]:
-        print(f'\n{method} ({run.recipe.backbone}, {run.recipe.epochs} epochs)')
-        learn = train_method(run, method)
-        run.results.append(_record(run, method, learn, attacks))
-        save_json(run.out/'results.json', run.results)
-    show_run(run, run.results, 'all')
+    with run.lock():
+        for method in run.methods[len(run.results):]:
+            print(f'\n{method} ({run.recipe.backbone}, {run.recipe.epochs} epochs)')
+            learn = train_method(run, method)
+            run.results.append(_record(run, method, learn, attacks))
+            save_json(run.out/'results.json', run.results)
+        show_run(run, run.results, 'all')
     return run.results
 
 # %% ../../nbs/runs/train.ipynb #0503fa06

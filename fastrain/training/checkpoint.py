@@ -6,16 +6,20 @@
 __all__ = ['read_state', 'averaged_weights', 'standard_state', 'Checkpoint']
 
 # %% ../../nbs/training/checkpoint.ipynb #2fa0188b
-import copy
+import copy, warnings
 from pathlib import Path
 
+import numpy as np
 from fastai.callback.core import CancelEpochException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from fastcore.foundation import L
+from torch import Tensor, nn
 
-from ..core import get_rng_state, load_tensors, save_tensors, set_rng_state
+from ..core import get_rng_state, load_tensors, save_tensors, set_rng_state, shown
 from ..models.backbone import load_weights
 
 # %% ../../nbs/training/checkpoint.ipynb #73a54083
@@ -24,6 +28,7 @@ _families = ('robust', 'strategy', 'attack', 'perturb', 'average') # pieces of w
 
 def read_state(state:dict) -> dict:
     "A loaded checkpoint of any version in the present layout"
+    if not isinstance(state, dict): return {}
     if state.get('version', 1) >= _version or 'train_cb' not in state.get('callbacks', {}): return state
     cb = state['callbacks']['train_cb']
     cb = dict(cb, pieces=_by_family(cb['pieces']), modules=_by_family(cb['modules']))
@@ -47,6 +52,67 @@ def standard_state(
 
 def _train_state(state): return read_state(state).get('callbacks', {}).get('train_cb', {})
 
+# %% ../../nbs/training/checkpoint.ipynb #c10c1002
+def _training(learn) -> dict:
+    "What trains, as plain values: by the name of the callback, and of the learner"
+    found = {cb.name: cb.settings() for cb in learn.cbs if hasattr(type(cb), 'settings')}
+    courses = _courses(learn)
+    return found | dict(learner=_of_learner(learn) | _constant_hypers(learn.opt, courses), courses=courses)
+
+def _of_learner(learn) -> dict:
+    dl = learn.dls.train
+    return dict(optimizer=_optimizer(learn.opt), loss_func=_loss(learn.loss_func), precision=_precision(learn),
+                bs=getattr(dl, 'bs', None), images=getattr(dl, 'n', None))
+
+def _optimizer(opt) -> str:
+    "The class of torch's, or the steps of fastai's"
+    if hasattr(opt, 'opt'): return type(opt.opt).__name__
+    return '+'.join(_name(cb) for cb in opt.cbs)
+
+def _name(f): return getattr(f, '__name__', None) or type(f).__name__
+
+def _loss(f) -> dict:
+    "The kind of a loss and its numbers, those of its tensors included"
+    f = getattr(f, 'func', f) # fastai wraps torch's
+    if not isinstance(f, nn.Module): return dict(kind=_name(f))
+    values = {k: v for k,v in (vars(f) | f._buffers).items() if not k.startswith('_') and k != 'training'}
+    return dict(kind=_name(f)) | {k: v.tolist() if isinstance(v, Tensor) else v for k,v in values.items() if _is_plain(v)}
+
+def _is_plain(v): return v is None or isinstance(v, (bool, int, float, str, Tensor))
+
+def _precision(learn): return next((str(cb.amp_mode.value) for cb in learn.cbs if isinstance(cb, MixedPrecision)), 'fp32')
+
+# %% ../../nbs/training/checkpoint.ipynb #c10c1003
+def _courses(learn) -> dict: # `{name: values at 0, 25, ..., 100 % of training}`
+    "The courses of the hyper-parameters that are scheduled"
+    courses = {}
+    for cb in learn.cbs:
+        if isinstance(cb, ParamScheduler): courses.update({name: _course(f) for name,f in cb.scheds.items()})
+    return courses
+
+def _course(f):
+    "The values of the last group, which is the head's, to six digits"
+    values = [np.ravel(f(i/4))[-1] for i in range(5)]
+    return [float(f'{v:.6g}') for v in values]
+
+def _constant_hypers(opt, courses) -> dict:
+    "The last group's hyper-parameters that stay as they are"
+    return {k: v for k,v in opt.hypers[-1].items() if k not in courses and _is_plain(v) and not isinstance(v, Tensor)}
+
+# %% ../../nbs/training/checkpoint.ipynb #c10c1005
+def _differences(there:dict, now:dict, at=()) -> list: # Such as 'attack.eps: 0.15 in the checkpoint, 0.3 now'
+    "What two records of a training say differently; of two things of other kinds only that"
+    names = [k for k in there if k in now and there[k] != now[k]]
+    if 'kind' in names: names = ['kind']
+    found = []
+    for k in names:
+        a,b,place = there[k],now[k],(*at, k)
+        if isinstance(a, dict) and isinstance(b, dict): found += _differences(a, b, place)
+        else: found.append(f'{".".join(place[1:])}: {_shown(a)} in the checkpoint, {_shown(b)} now')
+    return found
+
+def _shown(value): return value['kind'] if isinstance(value, dict) and 'kind' in value else shown(value)
+
 # %% ../../nbs/training/checkpoint.ipynb #13d687e7
 class Checkpoint(TrackerCallback):
     "Save everything after each epoch, the best weights by `monitor`, and continue from there with `resume=True`"
@@ -55,10 +121,11 @@ class Checkpoint(TrackerCallback):
         path, # Folder for `last.pt` and `best.pt`
         monitor:str='valid_loss', # Column that decides which epoch is the best, for example 'pgd10_accuracy'
         comp=None, # `np.greater` or `np.less`; None: as fastai guesses from the name
-        resume:bool=False # Continue from `last.pt` if it exists
+        resume:bool=False, # Continue from `last.pt` if it exists
+        longer:bool=False # May that run have had fewer epochs? Only where nothing in it depends on their number, such as one cycle
     ):
         super().__init__(monitor=monitor, comp=comp)
-        self.dir,self.resume = Path(path),resume
+        self.dir,self.resume,self.longer = Path(path),resume,longer
         self._mine = False # was `last.pt` written by this callback?
 
     @property
@@ -79,6 +146,7 @@ class Checkpoint(TrackerCallback):
         if self.monitor not in columns:
             raise ValueError(f'monitor={self.monitor!r} is no column of this run; choose one of {", ".join(columns)}')
         super().before_fit()
+        self._training = _training(self.learn)
         if self.resuming: self._restore()
         elif self.last.exists() and not self._mine:
             raise FileExistsError(f'{self.last} exists: pass resume=True to continue that run, or choose another folder')
@@ -92,8 +160,11 @@ def after_epoch(self:Checkpoint):
     if self.epoch < self._skip: return
     TrackerCallback.after_epoch(self)
     state = self.state()
+    if self.new_best: self._save_best(state) # first, as a run goes on from `last.pt`
     save_tensors(self.last, state)
-    if self.new_best: save_tensors(self.best_path, {k: state[k] for k in _of_best})
+
+@patch
+def _save_best(self:Checkpoint, state): save_tensors(self.best_path, {k: state[k] for k in _of_best})
 
 @patch
 def state(self:Checkpoint) -> dict:
@@ -103,7 +174,7 @@ def state(self:Checkpoint) -> dict:
     return dict(
         version=_version, epoch=self.epoch + 1, n_epoch=self.n_epoch, train_iter=self.train_iter, best=self.best,
         settings=getattr(model, 'settings', None), model=model.state_dict(), opt=learn.opt.state_dict(),
-        scaler=learn.scaler.state_dict() if hasattr(learn, 'mixed_precision') else None,
+        scaler=learn.scaler.state_dict() if _precision(learn) != 'fp32' else None, training=self._training,
         callbacks={cb.name: cb.state_dict() for cb in _stateful(learn)},
         trackers={cb.name: _tracked(cb) for cb in _trackers(learn, self)},
         columns=list(rec.metric_names), values=[list(v) for v in rec.values],
@@ -121,7 +192,7 @@ def _tracked(cb): return {k: vars(cb)[k] for k in ('best', 'wait') if k in vars(
 @patch
 def _restore(self:Checkpoint):
     "Put everything back; M' last, so that whatever does not fit is found before it changes"
-    state = self._state = read_state(load_tensors(self.last))
+    state = self._state = read_state(self._load_last())
     model = get_model(self.learn.model)
     self._check(state)
     load_weights(copy.deepcopy(model), state['model'])
@@ -131,6 +202,7 @@ def _restore(self:Checkpoint):
     load_weights(model, state['model'])
     for cb in _trackers(self.learn, self): cb.run = False # they have seen the epochs that are skipped
     self._skip,self.best = state['epoch'],state['best']
+    self._mend_best(state)
 
 @patch
 def _restore_opt(self:Checkpoint, state):
@@ -139,17 +211,58 @@ def _restore_opt(self:Checkpoint, state):
         raise ValueError(f'{self.last} is of a run with another optimizer or other parameter groups ({e!r}): resume with the same') from e
     if state['scaler']: self.learn.scaler.load_state_dict(state['scaler'])
 
+# %% ../../nbs/training/checkpoint.ipynb #c10c1008
+_needed = {'epoch', 'n_epoch', 'train_iter', 'best', 'model', 'opt', 'scaler', 'callbacks', 'trackers', 'columns', 'values',
+           'smooth_loss', 'rng', 'dl_rng'}
+
+@patch
+def _load_last(self:Checkpoint):
+    try: return load_tensors(self.last)
+    except ValueError as e: raise ValueError(f'{e}. Without this file, training starts anew') from None
+
 @patch
 def _check(self:Checkpoint, state):
     "Errors for a checkpoint that is not of this run"
-    if missing := {'epoch', 'n_epoch', 'columns', 'model', 'opt', 'callbacks', 'rng'} - state.keys():
-        raise ValueError(f'{self.last} is not a checkpoint to resume from: it has no {", ".join(sorted(missing))}')
+    if missing := _needed - state.keys():
+        raise ValueError(f'{self.last} is not a checkpoint to resume from: it has no {", ".join(sorted(missing))}. '
+                         'Remove it, and training starts anew')
     n,columns = state['n_epoch'],list(self.recorder.metric_names)
-    if n != self.n_epoch:
+    if n != self.n_epoch and not (self.longer and n < self.n_epoch):
         raise ValueError(f'{self.last} is of a run of {n} epochs, not {self.n_epoch}: its schedules would not fit. '
                          f'Resume with {n} epochs, or load the weights and start anew')
     if state['columns'] != columns:
         raise ValueError(f'{self.last} has the columns {state["columns"]}, this run {columns}: resume with the same metrics and pieces')
+    self._compare(state)
+
+@patch
+def _compare(self:Checkpoint, state):
+    "Error if something else trains now; files of earlier versions do not say what trained them"
+    there = dict(state.get('training', {}))
+    if state['n_epoch'] != self.n_epoch: there.pop('courses', None)
+    if differ := _differences(there, self._training):
+        raise ValueError(f'{self.last} is of another training: {"; ".join(differ)}. '
+                         'Resume with the same settings, or train anew in another folder')
+
+# %% ../../nbs/training/checkpoint.ipynb #c10c100a
+@patch
+def _mend_best(self:Checkpoint, state):
+    "Write `best.pt` again if the best epoch is the last one; else say what is lost"
+    best = _best_epoch(state, self.monitor)
+    if best is None or _epoch_in(self.best_path) in (best, state['epoch'] + 1): return # the latter after a power cut between the files
+    if best == state['epoch']: return self._save_best(state)
+    warnings.warn(f'{self.best_path} is not there or not of epoch {best}, which was the best: its weights are lost. '
+                  'Training goes on, and writes the file when an epoch is better')
+
+def _best_epoch(state, monitor):
+    "From 1; None where no epoch had a number"
+    column = state['columns'].index(monitor) - 1
+    values = [row[column] for row in state['values']]
+    return values.index(state['best']) + 1 if state['best'] in values else None
+
+def _epoch_in(file):
+    "None for a file that is missing or damaged"
+    try: return read_state(load_tensors(file)).get('epoch')
+    except (FileNotFoundError, ValueError): return None
 
 # %% ../../nbs/training/checkpoint.ipynb #02a6aa0d
 @patch
