@@ -1,4 +1,5 @@
 "Every public name of fastrain: `from fastrain.all import *`"
+from fastrain.names import *
 from fastrain.core import *
 from fastrain.data.pixels import *
 from fastrain.data.parts import *
@@ -10,6 +11,7 @@ from fastrain.models.stems import *
 from fastrain.models.features import *
 from fastrain.models.loading import *
 from fastrain.models.backbone import *
+from fastrain.models.stored import *
 from fastrain.attacks.pgd import *
 from fastrain.attacks.worst import *
 from fastrain.attacks.autoattack import *
@@ -35,6 +37,7 @@ from fastrain.evaluation.measure import *
 from fastrain.evaluation.record import *
 from fastrain.evaluation.evaluate import *
 from fastrain.evaluation.tables import *
+from fastrain.runs.own import *
 from fastrain.runs.recipe import *
 from fastrain.runs.plots import *
 from fastrain.runs.report import *

@@ -6,6 +6,8 @@
 __all__ = ['PixelNormalize', 'Backbone', 'create_backbone', 'backbone_splitter', 'describe_backbone']
 
 # %% ../../nbs/models/backbone.ipynb #dff83267
+from pathlib import Path
+
 import timm, torch
 from fastai.torch_core import params
 from torch import Tensor, nn
@@ -74,7 +76,7 @@ def create_backbone(
     **kwargs # Passed on to timm
 ) -> Backbone: # On images (N, in_chans, img_size, img_size) in [0,1]
     "The timm model `name` on images in [0,1]"
-    _check_name(name)
+    _check_name(name, pretrained)
     n_classes = check_number('n_classes', n_classes, at_least=2, whole=True, what='number of classes')
     img_size = check_number('img_size', img_size, at_least=8, at_most=4096, whole=True, what='height and width in pixels')
     if (mean is None) != (std is None): raise ValueError('mean and std go together: give both or neither')
@@ -91,10 +93,20 @@ def create_backbone(
     return model if checkpoint is None else load_weights(model, checkpoint)
 
 # %% ../../nbs/models/backbone.ipynb #d1f00003
-def _check_name(name):
-    "An unknown architecture is a `ValueError` with the nearest names"
+_weights_end = '.pt', '.pth', '.ckpt', '.bin', '.safetensors'
+
+def _check_name(name, pretrained=False):
+    "An unknown architecture is a `ValueError` with the nearest names; only for pretrained weights may timm ask a hub"
+    if ':' in name:
+        if pretrained: return
+        raise ValueError(f'backbone {name!r} is on the network: name an architecture of timm, or get it in Python with pretrained=True')
+    if '/' in name or name.endswith(_weights_end): _refuse_file(name)
     architecture = name.partition('.')[0]
-    if ':' not in name and not timm.is_model(architecture): lookup(architecture, timm.list_models(), 'backbone')
+    if not timm.is_model(architecture): lookup(architecture, timm.list_models(), 'backbone')
+
+def _refuse_file(name):
+    if Path(name).exists(): raise ValueError(f'{name} is neither an architecture of timm nor a run')
+    raise FileNotFoundError(f'There is no run or file {name}')
 
 def _timm_config(name): return timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
 

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from ..attacks.named import own_attack
-from ..core import lookup
+from ..core import check_key, lookup
 from ..evaluation.measure import Batches
 from .plots import plot_curves, plot_eps, plot_images, plot_relation, plot_strength, plot_topology, plot_tradeoff, plot_tsne
 from .plots import save_figure
@@ -35,7 +35,8 @@ pictures = {} # name: `exhibits → Figure`
 
 def picture(f):
     "Enter a picture under its name; its docstring is its caption"
-    pictures[f.__name__.removeprefix('_')] = f
+    name = f.__name__.removeprefix('_')
+    pictures[check_key(name, f, pictures)] = f
     return f
 
 # %% ../../nbs/runs/gallery.ipynb #c2b7f6be

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..core import environment, fork_rng, get_rng_state, load_tensors, peek_batch, save_json, save_text, set_rng_state
 from ..evaluation.record import read_record
-from ..models.backbone import create_backbone, load_weights
+from ..models.backbone import load_weights
+from ..models.stored import stored_backbone
 from .recipe import Recipe, check_recipe, make_recipe, recipe_dls
 from ..training.checkpoint import averaged_weights, standard_state
 from ..training.methods import Method, canonical, parse_method
@@ -237,7 +238,7 @@ def _make_model(self:Run, method, which):
     state = self.checkpoint(method, which)
     weights = averaged_weights(state) if which == 'average' else state['model']
     if weights is None: raise ValueError(f'{method!r} has no averaged weights: add ema to the method')
-    return load_weights(create_backbone(**state['settings']), weights).eval()
+    return load_weights(stored_backbone(state['settings'], self.folder(method)), weights).eval()
 
 # %% ../../nbs/runs/run.ipynb #342ee9df
 def load_run_model(
@@ -267,7 +268,7 @@ def anchor(self:Run, method:str) -> tuple: # Standard model and where it is from
 
 @patch
 def _beside(self:Run, state):
-    if state['settings']: model = create_backbone(**state['settings'])
+    if state['settings']: model = stored_backbone(state['settings'], self.out)
     else: model = trained_standard(self.recipe.standard, self.dls.c, peek_batch(self.dls.train)[0].shape[-1])
     return load_weights(model, state['model']).eval()
 

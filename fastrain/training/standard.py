@@ -26,6 +26,7 @@ from ..core import Registered, check_number, eval_mode, fork_rng, load_tensors, 
 from ..pieces.base import Output, check_flag
 from ..models.features import find_classifier, logits_and_features
 from ..models.backbone import create_backbone, load_weights
+from ..models.stored import stored_backbone
 
 # %% ../../nbs/training/standard.ipynb #7a9a348a
 def standard_learner(
@@ -252,10 +253,11 @@ def _from_checkpoint(file, n_classes, img_size):
         raise ValueError(f'{file} does not say which backbone it is of. Give a checkpoint of a run, '
                          'such as runs/digits/checkpoints/standard/last.pt')
     settings = state['settings']
-    if settings['n_classes'] != n_classes:
-        raise ValueError(f'{file} has {settings["n_classes"]} classes, but the data have {n_classes}: '
+    if settings.get('n_classes') != n_classes:
+        raise ValueError(f'{file} has {settings.get("n_classes")} classes, but the data have {n_classes}: '
                          'give a standard model that was trained for these data')
-    return _resizing(load_weights(create_backbone(**settings), state['model']), settings['img_size'], img_size)
+    model = load_weights(stored_backbone(settings, file), state['model'])
+    return _resizing(model, model.settings['img_size'], img_size)
 
 def _from_timm(name, img_size):
     cfg = timm.get_pretrained_cfg(name)
