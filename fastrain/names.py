@@ -6,7 +6,7 @@
 __all__ = ['lookup']
 
 # %% ../nbs/names.ipynb #da000003
-import difflib
+import difflib, re
 
 # %% ../nbs/names.ipynb #f2fc66c2
 def lookup(
@@ -35,8 +35,12 @@ def check_name(kind:str, name) -> str:
     raise ValueError(f'{kind} {shown(name)}: expected a name of at most 1000 characters')
 
 # %% ../nbs/names.ipynb #da000006
-def split_list(text:str, what:str='list') -> list:
-    "The items of a list with commas between; `what` it is, for the message"
-    items = [item.strip() for item in text.split(',')]
+def split_list(
+    text:str, # What the user typed
+    what:str='list', # What it is, for the message
+    comma:str=',' # Pattern of what stands between two items
+) -> list:
+    "The items of a list with commas between"
+    items = [item.strip() for item in re.split(comma, text)]
     if all(items): return items
     raise ValueError(f'{what} {shown(text)}: an item is empty. Write names with one comma between, such as a,b')

@@ -14,7 +14,7 @@ from fastrain.core import save_tensors
 from fastrain.evaluation.record import read_evaluation
 from fastrain.evaluation.scores import mcnemar
 from fastrain.models.backbone import create_backbone
-from fastrain.runs.compare import _figures, _pairs, compare_runs, paired
+from fastrain.runs.compare import _figures, _measured, _pairs, compare_runs, paired
 from fastrain.runs.evaluate import evaluate_any, evaluate_run, load_any, rescore_run
 from fastrain.runs.gallery import Exhibits, draw_pictures, picture, pictures
 from fastrain.runs.recipe import make_recipe
@@ -61,16 +61,15 @@ def test_evaluate_run(run):
     "More attacks, subsets and sizes; the record, the table by image and the report say the same"
     results = evaluate_run(run, ['natural', 'pgd3', 'cw2+fgsm'], device='cpu', n=30, methods=['at'], which=['last'],
                            images=True, progress=False)
-    assert results == json.loads((run/'evaluation.json').read_text())
     assert [r['method'] for r in results] == ['at'] and 'best' not in results[0]
     e = results[0]['last']
-    by_image = pd.read_csv(Run(run).evaluation_folder('at')/'per_image.csv')
+    by_image = pd.read_csv(Run(run).evaluation_folder('at')/f'per_image-{e["settings"]["subset"]}.csv')
     for name in ('natural', 'pgd3', 'cw2+fgsm'):
         assert e['figures'][name] == pytest.approx((by_image[name] == by_image.label).mean())
     assert e['n'] == len(by_image) == 30 and sorted(by_image.label.value_counts()) == [3]*10
     assert e['settings']['subset'].startswith('balanced-30-')
     text = (run/'report.md').read_text()
-    assert 'C&W-2+FGSM' in text and f'| PGD-3 | {100*e["figures"]["pgd3"]:.2f} |' in text and 'As evaluated after training' in text
+    assert 'C&W-2+FGSM (30 images)' in text and f'| PGD-3 | {100*e["figures"]["pgd3"]:.2f} |' in text and '## On fewer images' in text
     again = rescore_run(run, 'cpu')
     assert list(again.table) == list(again.rescored) and len(again) == 2
 
@@ -156,7 +155,7 @@ def test_evaluate_any(mine, tmp_path):
 
 def test_compare(runs, tmp_path):
     table = compare_runs([runs/'seed3', runs/'seed4'], tmp_path/'both')
-    df = _figures([Run(runs/'seed3'), Run(runs/'seed4')])
+    df = _figures(_measured([Run(runs/'seed3'), Run(runs/'seed4')]))
     natural = df[df.method == 'at'].natural
     assert list(table.index) == list(METHODS) and set(table.seeds) == {2}
     assert table.loc['at', 'natural'] == f'{natural.mean():.2f} ± {natural.std():.2f}'
@@ -177,10 +176,92 @@ def test_compare_other_experiments(runs, run, tmp_path):
     assert '| lam | 5.0 | 7.0 | 5.0 |' in (tmp_path/'both'/'report.md').read_text()
 
 def test_compare_other_images(run, tmp_path):
-    evaluate_run(run, ['natural', 'pgd2'], device='cpu', n=30, methods=['at'], which=['last'], progress=False)
+    other = pd.read_csv(Run(run).evaluation_folder('at')/'per_image.csv')[:30]
+    other.to_csv(Run(run).evaluation_folder('at')/'per_image.csv', index=False)
     with pytest.raises(ValueError, match='other images'): paired(Run(run), 'at', 'at+train')
     for runs,error in (([], ValueError), ([tmp_path/'none'], FileNotFoundError)):
         with pytest.raises(error): compare_runs(runs, tmp_path/'out')
+
+def copied(run, folder, change=None):
+    "A copy of a run, with other settings"
+    shutil.copytree(run, folder)
+    saved = json.loads((folder/'settings.json').read_text())
+    saved['recipe'].update(change or {})
+    (folder/'settings.json').write_text(json.dumps(saved))
+    return folder
+
+def rewrite(run, change):
+    "The records of a run, changed as if it had been evaluated otherwise"
+    saved = json.loads((run/'results.json').read_text())
+    for r in saved: change(r['last'])
+    (run/'results.json').write_text(json.dumps(saved))
+
+def other_eps(record):
+    for row in record['rows']:
+        if row['name'] == 'pgd20': row.update(eps=1/255, alpha=.1/255, settings='PGD(eps=0.0039)')
+
+def other_images(record): record.update(n=30, settings=record['settings'] | dict(subset='balanced-30-abc'))
+
+def other_steps(record):
+    for row in record['rows']:
+        if row['name'] == 'pgd20': row.update(steps=7)
+
+def test_compare_a_copy(runs, tmp_path):
+    "A folder that was copied is no second seed, and a run given twice is one"
+    copy = copied(runs/'seed3', tmp_path/'copy')
+    with pytest.raises(ValueError, match='seed3 and copy have the same settings and the same seed, 3, so that standard would count twice'):
+        compare_runs([runs/'seed3', copy], tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+    assert set(compare_runs([runs/'seed3', runs/'seed4'/'..'/'seed3'], tmp_path/'out').seeds) == {1}
+
+@pytest.mark.parametrize('change, match', [
+    (other_eps, 'PGD-20 of standard in seed3 and of standard in run differs in more than the seed: '
+                'ε 0.15 and 0.003922, step 0.015 and 0.0003922'),
+    (other_steps, 'differs in more than the seed: steps 20 and 7. Evaluate both in the same way'),
+    (other_images, r'standard of seed3 was evaluated on 40 test images \(all\), standard of run on 30 test images \(balanced-30-abc\)')])
+def test_compare_what_was_measured_otherwise(runs, tmp_path, change, match):
+    run = copied(runs/'seed4', tmp_path/'run')
+    rewrite(run, change)
+    with pytest.raises(ValueError, match=match): compare_runs([runs/'seed3', run], tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+def test_compare_experiments_that_were_attacked_otherwise(runs, tmp_path):
+    "Each ε has a column"
+    run = copied(runs/'seed4', tmp_path/'run', dict(lam=7.))
+    rewrite(run, other_eps)
+    table = compare_runs([runs/'seed3', run], tmp_path/'out')
+    assert {'PGD-20 (ε = 0.15)', 'PGD-20 (ε = 0.003922)'} <= {*table.columns} and 'PGD-20' not in table
+    assert table.loc['seed3: at', 'PGD-20 (ε = 0.003922)'] == table.loc['run: at', 'PGD-20 (ε = 0.15)'] == ''
+
+def test_compare_a_figure_of_some_seeds(runs, tmp_path):
+    run = copied(runs/'seed4', tmp_path/'run')
+    def fewer(record):
+        record['rows'] = [row for row in record['rows'] if row['name'] != 'pgd20']
+        del record['figures']['pgd20'], record['figures']['l_tp']
+    rewrite(run, fewer)
+    table = compare_runs([runs/'seed3', run], tmp_path/'out')
+    assert table.loc['at', 'PGD-20'].endswith(' (of 1)') and '±' in table.loc['at', 'natural']
+    assert 'of so many of the seeds' in (tmp_path/'out'/'report.md').read_text()
+
+def test_compare_runs_of_one_name(runs, tmp_path):
+    "They are told apart by their folders"
+    a,b = copied(runs/'seed3', tmp_path/'a'/'run'),copied(runs/'seed4', tmp_path/'b'/'run', dict(lam=7.))
+    table = compare_runs([a, b], tmp_path/'out')
+    assert set(table.seeds) == {1} and f'{b}: at' in table.index and '| lam | 5.0 | 7.0 |' in (tmp_path/'out'/'report.md').read_text()
+
+def test_compare_writes_over_nothing(runs, run, tmp_path):
+    before = (run/'report.md').read_text()
+    with pytest.raises(FileExistsError, match='holds a run or an evaluation.*choose another folder'):
+        compare_runs([runs/'seed3', runs/'seed4'], run)
+    assert (run/'report.md').read_text() == before
+
+def test_paired_under_other_attacks(runs, tmp_path):
+    run = copied(runs/'seed4', tmp_path/'run')
+    saved = json.loads((run/'results.json').read_text())
+    other_eps(saved[1]['last'])
+    (run/'results.json').write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match='PGD-20 of at in run and of at\\+train in run differs .* ε 0.003922 and 0.15'):
+        paired(Run(run), 'at', 'at+train')
 
 def test_pairs():
     assert _pairs(['at', 'trades', 'at+train', 'trades+lbgat', 'trades+lbgat+train']) == [
@@ -199,6 +280,7 @@ def test_every_picture_says_what_is_missing(tmp_path):
 def test_own_picture(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     monkeypatch.setitem(pictures, 'mine', None)
+    del pictures['mine'] # and it is gone again after the test
     @picture
     def mine(e): return Figure()
     assert draw_pictures('mine', None, tmp_path) == [tmp_path/'mine.png'] and (tmp_path/'mine.png').stat().st_size > 0
@@ -249,10 +331,11 @@ def test_shell_evaluates_any_model(mine, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match='--data'): shell(monkeypatch, 'evaluate', f'{mine}:make')
     with pytest.raises(SystemExit, match='another figure'): shell(monkeypatch, *args, '--rescore') # other random weights
 
-def test_shell_interrupted(run, monkeypatch):
+def test_shell_interrupted(run, monkeypatch, capsys):
     def stop(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'evaluate_run', stop)
-    with pytest.raises(SystemExit, match='The same command goes on'): shell(monkeypatch, 'evaluate', run)
+    monkeypatch.setattr(fastrain.runs.evaluate, 'evaluate_run', stop)
+    with pytest.raises(SystemExit, match='130'): shell(monkeypatch, 'evaluate', run)
+    assert 'The same command goes on' in capsys.readouterr().err
 
 @pytest.mark.slow
 def test_shell_with_own_pieces(run, tmp_path, monkeypatch, capsys):
@@ -303,12 +386,12 @@ def test_shell_with_own_attack_measure_and_picture(run, tmp_path, monkeypatch, c
     from fastrain.evaluation.scores import Measure
     (tmp_path/'own.py').write_text(OWN_ATTACK)
     try:
-        shell(monkeypatch, 'evaluate', run, '--attacks', 'natural,halve-of-the-shell,sure-of-the-shell', '--n', 20, '--which', 'last',
+        shell(monkeypatch, 'evaluate', run, '--attacks', 'natural,halve-of-the-shell,sure-of-the-shell', '--which', 'last',
               '--method', 'at,at+train', '--pictures', 'tradeoff,blank_of_the_shell', '--device', 'cpu', '--load', tmp_path/'own.py')
         shell(monkeypatch, 'compare', run, '--out', tmp_path/'compared', '--load', tmp_path/'own.py')
         assert 'Halving' in capsys.readouterr().out
         page,compared = (run/'report.md').read_text(),(tmp_path/'compared'/'report.md').read_text()
-        assert '| method | natural | Halving | L_TP | sure |' in page and '*Nothing at all.*' in page and '| Halving |' in page
+        assert '| method | natural | PGD-20 | Halving | worst case | L_TP | sure |' in page and '*Nothing at all.*' in page and '| Halving |' in page
         assert '| at | at+train | Halving |' in compared and '| 25.00 |' in compared
     finally:
         AttackKind.registry.pop('halve-of-the-shell', None)

@@ -58,7 +58,7 @@ def test_images_of_bytes():
 def test_images_not_a_number():
     x,y = digits('train', 32)
     x[:,0,0,0] = float('nan')
-    refused('Images lie in', plain_dls(x, y))
+    refused('not numbers', plain_dls(x, y))
 
 def test_rounding_is_tolerated():
     x,y = digits('train', 32)
@@ -232,7 +232,9 @@ def test_loss_not_finite(tmp_path, value, relation):
     state = torch.load(tmp_path/'ckpt'/'last.pt', weights_only=True)
     assert state['epoch'] == 1
     for weights in (state['model'], standard_state(state)['model']): assert all(v.isfinite().all() for v in weights.values())
-    learn = make_learner(digit_dls(), net(5), TRAINCallback(net(6), robust=AT(), attack=quick(), relation=relation))
+    mended = Breaks(value)
+    mended.calls = 100 # past the batch that breaks
+    learn = make_learner(digit_dls(), net(5), TRAINCallback(net(6), robust=mended, attack=quick(), relation=relation))
     quietly(learn, 3, 1e-3, cbs=Checkpoint(tmp_path/'ckpt', resume=True)) # and the run goes on from there
     assert len(learn.recorder.values) == 3
 
@@ -349,3 +351,65 @@ def test_commands(argv, match, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=match) as e: cli.main()
     assert isinstance(e.value.code, str) and '\n' not in e.value.code.strip() and e.value.code.startswith('fastrain')
     assert not any(tmp_path.iterdir())
+
+# --- every setting of a recipe, before anything is loaded
+
+NAN,INF = float('nan'),float('inf')
+BAD_SETTINGS = dict(
+    data=[5, 'a'*300, '', 'a\0b'], path=['x'*300, 'a\0b'], backbone=['b'*300, 5], standard=['b'*2000, 5],
+    epochs=[0, -1, 1.5, '3', NAN, True], bs=[0, 2, 2.5], lr=[0, -1, NAN, INF], drops=[(-1,), (0,), (90, 75), (75, 75), 75, '75', (1.5,)],
+    warmup_lr=[0, NAN], wd=[-1, NAN, INF, 'a'], mom=[-1, 1, NAN], eps=[0, -1, 255, NAN, '8/255'], alpha=[0, 2, NAN], steps=[0, -1, 1.5],
+    norm=['l3', 5], lam=[-1, NAN, INF], lam_schedule=['x', 5], warmup=[-1, .5], eval_eps=[255, 0, NAN], eval_alpha=[9, 0],
+    holdout=[-.5, NAN], n_train=[0, -1, .5], n_test=[0], n_valid=[0, NAN], img_size=[0, 4, 10**6], small_images=[5, 'no'],
+    seed=[2**64, -2**70, 1.5, '1', 10**5000], precision=['fp8', 5])
+
+def test_all_settings_are_tried():
+    from fastrain.runs.recipe import Recipe
+    assert {*Recipe.__dataclass_fields__} == {*BAD_SETTINGS}
+
+@pytest.mark.parametrize('name, value', [(name, value) for name,values in BAD_SETTINGS.items() for value in values],
+                         ids=lambda v: str(v)[:20] if not isinstance(v, int) or v < 2**80 else 'huge')
+def test_settings(name, value):
+    "The line names the setting or its kind, and is short"
+    from fastrain.runs.recipe import Recipe
+    kind = dict(lam_schedule='schedule').get(name, name)
+    with pytest.raises(ValueError, match=rf'^(Unknown )?{kind}[= ]') as e: Recipe(**{name: value})
+    assert '\n' not in str(e.value) and len(str(e.value)) < 300
+
+def test_sound_settings():
+    from fastrain.runs.recipe import Recipe
+    r = Recipe(epochs=12.0, bs=8, drops=[5, 9], seed=-3, holdout=100., wd=0, mom=0, lam=0, warmup=0, n_valid=5, warmup_lr=.02,
+               small_images=False)
+    assert (r.epochs, r.drops, r.seed) == (12, (5, 9), -3) and isinstance(r.epochs, int)
+    assert Recipe(seed=2**63 - 1).seed == 2**63 - 1 and Recipe(drops=()).drops == ()
+
+def test_local_copy_of_the_digits(tmp_path):
+    for path in ('nowhere', tmp_path):
+        with pytest.raises(ValueError, match=r'path=.*digits comes with scikit-learn and needs no local copy: leave it out'):
+            get_dls('digits', path=path, device='cpu')
+
+def test_names_too_long_for_folders(tmp_path):
+    "Of methods, and of the run's own folder"
+    method = 'at+' + '+'.join(f'fat:breaks=({",".join(map(str, range(n)))})' for n in (90,))
+    with pytest.raises(ValueError, match='its folder would have a name of more than 200 bytes'):
+        train_run(tmp_path/'run', tiny(), [method], 'cpu')
+    with pytest.raises(OSError, match="cannot be a folder: File name too long. Choose another one") as e:
+        train_run(tmp_path/('x'*300), tiny(), ['at'], 'cpu')
+    assert '\n' not in str(e.value) and not any(tmp_path.iterdir())
+    (tmp_path/'file').write_text('mine')
+    with pytest.raises(OSError, match='(cannot be made|cannot be a folder): Not a directory'):
+        train_run(tmp_path/'file'/'run', tiny(), ['at'], 'cpu')
+
+@pytest.mark.parametrize('argv, match', [
+    (['--eval-eps', '255'], 'eval_eps=255 is larger'), (['--wd', '-1'], 'wd=-1'), (['--wd', 'nan'], 'wd=nan'),
+    (['--drops', '9,5'], r'drops=\(9, 5\)'),
+    (['--drops=-5,9'], r'drops=\(-5, 9\)'), (['--steps', '0'], 'steps=0'), (['--seed', str(2**64)], 'at most 64 bits'),
+    (['--path', 'nowhere'], 'scikit-learn'), (['--backbone', 'b'*300], 'no part is longer than 255'),
+    (['--standard', 'b'*300], 'no part is longer than 255'), (['--out', 'o'*300], 'File name too long')])
+def test_training_is_checked_before_it_begins(argv, match, tmp_path, monkeypatch):
+    def trains(*args): raise AssertionError('it trains')
+    monkeypatch.setattr(train, 'train_method', trains)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['fastrain', 'train', '--device', 'cpu', *argv])
+    with pytest.raises(SystemExit, match=match) as e: cli.main()
+    assert '\n' not in e.value.code.strip() and not any(tmp_path.iterdir())

@@ -7,20 +7,26 @@ import pytest
 import torch
 from fastai.callback.progress import CSVLogger
 from fastai.data.core import DataLoaders
+from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
+from fastai.vision.augment import RandomErasing
 from torch import nn
 from torch.nn import functional as F
 
 from conftest import Backwards, Call, Forwards, digit_dls, digits, hooks, make_learner, net, plain_dls, quick, quietly, same, snapshot
-from fastrain.attacks.pgd import PGD
+from fastrain.attacks.named import named_attack
+from fastrain.attacks.pgd import FGSM, PGD
+from fastrain.training import batches
+from fastrain.training.batches import BatchWatch
 from fastrain.training.callback import TRAINCallback
 from fastrain.core import seed_all
 from fastrain.data.sources import get_dls
 from fastrain.training.metrics import RobustAccuracy
 from fastrain.pieces.losses import AT, TRADES, Natural
+from fastrain.pieces.weights import AWP
 from fastrain.models.backbone import create_backbone
 from fastrain.models.features import logits_and_features
 from fastrain.pieces.relations import Topology, topology_loss
@@ -429,6 +435,149 @@ def test_settings_stay_the_same():
     cb = make('resnet10t_16')
     before = cb.settings()
     fit(cb, n_epoch=1)
-    assert cb.settings() == before == make(create_backbone('resnet10t_16', 10, small_images=False), 'warm.pt').settings()
+    backbone = create_backbone('resnet10t_16', 10, small_images=False)
+    assert dict(cb.settings(), loss_func=None) == before == make(backbone, 'warm.pt').settings()
     assert ' at 0x' not in json.dumps(before)
-    assert make(net(2)).settings()['standard']['standard'] == make(make_learner(digit_dls(), net(2))).settings()['standard']['standard'] == 'Net'
+    for own in (net(2), make_learner(digit_dls(), net(2))): assert make(own).settings()['standard']['standard'] == 'Net'
+
+# --- names where objects are taken
+
+def test_names_of_pieces():
+    cb = TRAINCallback('resnet18', robust='TRADES:beta=3', relation='lbgat', strategy='sat', perturb='awp:gamma=.01',
+                       average='ema', attack=8/255)
+    assert [type(p).__name__ for p in cb.pieces.values()] == ['TRADES', 'SAT', 'AWP', 'EMA', 'LBGAT']
+    assert cb.robust.beta == 3 and cb.perturb.gamma == .01 and cb.relations[0].key == 'lbgat'
+    assert cb.attack.settings() == PGD(8/255, 2/255).settings()
+    for relation in ('lbgat+train', ['lbgat', 'train'], ('lbgat', Topology())):
+        assert [r.key for r in TRAINCallback('resnet18', relation=relation).relations] == ['lbgat', 'train']
+
+def test_sizes_may_be_typed():
+    for attack in (PGD(eps='8/255', alpha='2/255'), TRAINCallback(None, attack='8/255').attack, RobustAccuracy('8/255').attack):
+        assert attack.eps == 8/255 and attack.alpha == 2/255
+    assert FGSM('4/255').alpha == 4/255 == named_attack('fgsm', '4/255').eps
+
+def test_names_train_as_objects():
+    a = fit(TRAINCallback(net(2), robust='trades:beta=3', relation='train', perturb='awp:warmup=0', attack=quick()), n_epoch=1)
+    b = fit(TRAINCallback(net(2), robust=TRADES(3), relation=Topology(), perturb=AWP(warmup=0), attack=quick()), n_epoch=1)
+    assert same(snapshot(a.model), snapshot(b.model))
+
+@pytest.mark.parametrize('kwargs, match', [
+    (dict(robust='tardes'), "robust='tardes': Unknown method 'tardes'.*'trades'"),
+    (dict(robust='lbgat'), "robust='lbgat': expected one of at,"),
+    (dict(robust='at+awp'), "robust='at[+]awp': expected one of"),
+    (dict(robust=3), 'robust=3: expected a RobustLoss or the name of one: at,'),
+    (dict(robust=TRADES), 'robust=<class .*TRADES.*expected a RobustLoss'),
+    (dict(robust='trades:beta=x'), "robust='trades:beta=x': trades: beta='x'"),
+    (dict(relation='trades'), "relation='trades': expected one of train,"), (dict(relation=5), 'relation=5: expected a Relation'),
+    (dict(relation=True), 'relation=True: expected a Relation'), (dict(relation=['train', 3]), 'relation=3: expected'),
+    (dict(relation='train+'), "relation='': Unknown method ''"), (dict(strategy='awp'), "strategy='awp': expected one of fat,"),
+    (dict(strategy=AT()), 'strategy=AT.*expected a Strategy'), (dict(perturb=.01), 'perturb=0.01: expected a Perturbation'),
+    (dict(average=True), 'average=True: expected a Averaging or the name of one: ema'), (dict(average=.999), 'average=0.999: expected'),
+    (dict(attack='fgsm'), "attack='fgsm': eps='fgsm' is not a size"), (dict(attack=8), 'attack=8: eps=8 is larger.*8/255'),
+    (dict(attack=True), 'attack=True: expected a PGD'), (dict(attack=PGD), 'attack=<class .*expected a PGD'),
+    (dict(attack=[.1]), 'attack=\\[0.1\\]: expected a PGD'), (dict(attack=0), 'attack=0: eps=0: expected a size'),
+    (dict(lam='ramp'), "lam='ramp': expected a number, a schedule")])
+def test_what_is_no_piece(kwargs, match):
+    with pytest.raises(ValueError, match=match) as e: TRAINCallback('resnet18', **kwargs)
+    assert '\n' not in str(e.value)
+
+def test_what_is_no_size():
+    for make in (PGD, FGSM, RobustAccuracy, lambda eps: named_attack('pgd20', eps)):
+        with pytest.raises(ValueError, match="eps='big' is not a size: write a fraction such as 8/255"): make('big')
+    with pytest.raises(ValueError, match="alpha='1/0' is not a size"): PGD(alpha='1/0')
+
+# --- every batch is looked at
+
+def later(change, batch=2):
+    "Data whose first batches are sound"
+    x,y = digits('train', 32)
+    x,y = x.clone(),y.clone()
+    change(x[8*batch:], y[8*batch:])
+    return plain_dls(x, y, shuffle=False)
+
+wrong_batches = dict(
+    bytes=(lambda x, y: x.mul_(255), r'Images lie in .*expected \[0, 1\]'), nan=(lambda x, y: x[0].fill_(float('nan')), 'not numbers'),
+    below=(lambda x, y: x[3, 0, 0].fill_(-.1), 'Images lie in'), label=(lambda x, y: y[1:2].fill_(10), 'Label 10 has no output'),
+    ignored=(lambda x, y: y[:1].fill_(-100), 'Label -100 has no output'))
+
+@pytest.mark.parametrize('change, match', wrong_batches.values(), ids=wrong_batches)
+@pytest.mark.parametrize('cb', [lambda: TRAINCallback(None, attack=quick()),
+                                lambda: TRAINCallback(net(2), robust='trades', attack=quick())])
+def test_wrong_batch_after_the_first(change, match, cb):
+    learn = make_learner(later(change), net(1), cb())
+    with pytest.raises(ValueError, match=match): quietly(learn)
+    forwards = 4 if "nat" in learn.train_cb.needs else 2 # of the two batches before
+    assert learn.model.bn1.num_batches_tracked == forwards and hooks(learn.model) == 0
+
+def test_natural_training_takes_any_images_and_no_wrong_labels():
+    change,_ = wrong_batches['bytes']
+    quietly(make_learner(later(change), net(1), TRAINCallback(None, robust=Natural())))
+    with pytest.raises(ValueError, match='Label 10'):
+        quietly(make_learner(later(wrong_batches['label'][0]), net(1), TRAINCallback(None, robust=Natural())))
+
+def test_random_erasing_is_refused():
+    dls = get_dls('digits', bs=8, n_train=40, n_test=20, device='cpu')
+    dls.add_tfms([RandomErasing(p=1e-9)], 'after_batch')
+    learn = make_learner(dls, net(1), TRAINCallback(net(2), attack=quick()))
+    with pytest.raises(ValueError, match='RandomErasing.*noise outside'): quietly(learn)
+    with learn.no_bar(): make_learner(dls, net(1), metrics=[RobustAccuracy(quick())]).validate() # not applied there
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    "Batches are judged when a number is read"
+    monkeypatch.setattr(batches, '_must_be_waited_for', lambda values: True)
+
+def test_on_a_gpu_a_batch_is_judged_with_the_next_number(as_on_a_gpu):
+    watch,(x,y) = BatchWatch((0., 1.), 10),digits('train', 8)
+    assert torch.equal(watch.look(x, y + 5), (y + 5).clamp(0, 9)) # nothing is waited for, and no label may stop the GPU
+    with pytest.raises(ValueError, match='has no output'): watch.read(2.5)
+    assert watch.read(torch.tensor(2.5)) == 2.5 # once
+    watch.look(x*255, y)
+    with pytest.raises(ValueError, match='Images lie in'): watch.read(torch.tensor(2.5))
+    watch.look(x, y)
+    assert watch.read(torch.tensor(2.5)) == 2.5
+    with pytest.raises(ValueError, match='has no output'): watch.look(x, y + 5, now=True)
+
+@pytest.mark.parametrize('change, match', wrong_batches.values(), ids=wrong_batches)
+def test_wrong_batch_on_a_gpu(as_on_a_gpu, change, match):
+    learn = make_learner(later(change), net(1), TRAINCallback(net(2), robust='trades', attack=quick()), [RobustAccuracy(quick())])
+    with pytest.raises(ValueError, match=match): quietly(learn)
+    assert learn.model.bn1.num_batches_tracked == 2*3
+
+def test_waiting_changes_nothing(monkeypatch):
+    def train(): return fit(TRAINCallback(net(2), robust='trades', attack=quick()), metrics=[RobustAccuracy(quick(), n=13)], n_epoch=1)
+    at_once = train()
+    monkeypatch.setattr(batches, '_must_be_waited_for', lambda values: True)
+    later = train()
+    assert same(snapshot(at_once.model), snapshot(later.model)) and at_once.recorder.values[0][:5] == later.recorder.values[0][:5]
+
+# --- what RobustAccuracy refuses
+
+def validate(change=None, model=None, transform=None, n=None, attack=None):
+    x,y = digits('test', 24)
+    x,y = x.clone(),y.clone()
+    if change: change(x[16:], y[16:])
+    dls = plain_dls(*digits('train', 16))
+    dls.valid.dataset[:] = list(zip(x, y))
+    if transform: dls.valid.after_batch.add(transform)
+    metrics = [RobustAccuracy(attack or quick(), n=n)]
+    learn = make_learner(dls, net(1) if model is None else model, metrics=metrics)
+    learn.loss_func = lambda z, y: z.mean() # so that nothing else stumbles over the labels
+    with learn.no_bar(): return learn.validate()[1]
+
+@pytest.mark.parametrize('change, match', wrong_batches.values(), ids=wrong_batches)
+def test_robust_accuracy_of_wrong_images(change, match):
+    for n in (None, 23):
+        with pytest.raises((ValueError, FloatingPointError), match=match): validate(change, n=n)
+
+def test_robust_accuracy_of_normalised_images():
+    with pytest.raises(ValueError, match='Normalize.*create_backbone'): validate(transform=Normalize.from_stats([.5]*3, [.3]*3, cuda=False))
+
+def test_robust_accuracy_of_wrong_logits():
+    with pytest.raises(ValueError, match='probabilities'): validate(model=nn.Sequential(net(1), nn.Softmax(1)))
+    def nan_after(model, x, y):
+        model.fc.weight.data.fill_(float('nan'))
+        return x
+    nan_after.steps = 3
+    with pytest.raises(FloatingPointError, match='pgd3_accuracy'): validate(attack=nan_after)
+    assert 0 <= validate() <= 1

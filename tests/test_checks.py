@@ -1,14 +1,21 @@
 "Each sign of a broken attack from a model that was made to give it, none from healthy ones; logits, probabilities and balls"
+import copy
+import re
+import shutil
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from conftest import digits, net, same, snapshot
+from conftest import digit_dls, digits, net, same, snapshot
 from fastrain.attacks.pgd import PGD, random_noise
 from fastrain.attacks.checks import Finding, check_ball, check_logits, check_not_probabilities, sanity_checks
 from fastrain.core import fork_rng, get_rng_state, seed_all
-from fastrain.evaluation.evaluate import evaluate
+from fastrain.data.sources import get_dls
+from fastrain.evaluation.evaluate import _shared_images, evaluate
 
 def train(adversarial, seed=0, n=1400):
     seed_all(seed)
@@ -284,3 +291,93 @@ def test_findings_can_be_repeated(standard):
     state = get_rng_state()['torch']
     with fork_rng(): sanity_checks(model, *digits('test', 8), .1)
     assert torch.equal(get_rng_state()['torch'], state)
+
+# --- figures that are not what they seem
+
+class BatchNormed(nn.Module):
+    "A net whose BatchNorm takes its statistics from the batch"
+    def __init__(self, model, forced=False):
+        super().__init__()
+        self.model,self.forced = model,forced
+        if forced: return
+        for m in (model.bn1, model.bn2): m.track_running_stats,m.running_mean,m.running_var = False,None,None
+    def forward(self, x):
+        if not self.forced: return self.model(x)
+        x = F.batch_norm(self.model.conv1(x), None, None, self.model.bn1.weight, self.model.bn1.bias, training=True).relu()
+        x = self.model.bn2(self.model.conv2(x)).relu()
+        return self.model.fc(self.model.pool(x).flatten(1))
+
+@pytest.mark.parametrize('forced, match', [
+    (False, 'for 2 BatchNorm layers \\(model.bn1, ...\\)'), (True, 'as with a BatchNorm that stays')])
+def test_batch_statistics(standard, forced, match):
+    model = BatchNormed(copy.deepcopy(standard), forced)
+    found = [f for f in sanity_checks(model, *digits('test', 64), .06) if f.name == 'batch statistics']
+    assert len(found) == 1 and re.search(match, found[0].text) and 'depends on the batch size' in found[0].text
+
+class Vectors(nn.Module):
+    def __init__(self): super().__init__(); self.fc,self.bn = nn.Linear(3072, 10),nn.BatchNorm1d(10, track_running_stats=False)
+    def forward(self, x): return self.bn(self.fc(x.flatten(1)))
+
+def test_batch_statistics_of_vectors():
+    "One image alone is an error of torch"
+    names = [n.split(':')[0] for n in evaluate(Vectors(), [digits('test', 40)], 'natural,pgd2', progress=False).notes]
+    assert 'batch statistics' in names
+
+@pytest.mark.parametrize('after, what', [(torch.sigmoid, r'\[0, 1\].*sigmoid'), (torch.tanh, r'\[-1, 1\].*tanh')])
+def test_bounded_outputs(standard, after, what):
+    found = [f for f in sanity_checks(Wrap(standard, after=lambda z: after(2*z)), *digits('test', 64), .06) if f.name == 'bounded outputs']
+    assert len(found) == 1 and re.search(what, found[0].text) and 'Evaluate the logits before it' in found[0].text
+
+def test_outputs_that_are_small_but_not_bounded(standard):
+    x,y = digits('test', 64)
+    for model in (net(), Wrap(standard, after=lambda z: z/z.abs().max()), Wrap(standard, after=lambda z: z.relu()),
+                  Wrap(standard, after=lambda z: z.log_softmax(1)), Wrap(standard, after=lambda z: F.normalize(z, dim=1))):
+        assert 'bounded outputs' not in {f.name for f in sanity_checks(model, x, y, .06)}
+
+def natural_notes(model, n=120, **kwargs):
+    notes = evaluate(model, [digits('test', n)], 'natural', progress=False, **kwargs).notes
+    return [n for n in notes if n.split(':')[0] in ('at chance', 'one class')]
+
+def test_at_chance(standard):
+    permuted = Wrap(standard, after=lambda z: z.roll(1, 1)) # the order of classes
+    note, = natural_notes(permuted)
+    assert re.fullmatch(r'at chance: \d+ of 120 natural images are right \(95 % interval \d.\d to \d.\d %\), and guessing among 10 classes '
+                        r'gets 10 %\. Is the model trained.*', note)
+    assert natural_notes(standard) == [] == natural_notes(permuted, checks=False)
+
+def test_one_class_everywhere(standard):
+    note, = natural_notes(Wrap(standard, after=lambda z: z + 100*(torch.arange(10) == 3)))
+    threes = int((digits('test', 120)[1] == 3).sum())
+    assert note.startswith(f'one class: all 120 images are taken for class 3, which {threes} of them are. Is the model trained')
+
+def leaking(n):
+    "Digits of which `n` test images are training images"
+    dls = get_dls('digits', bs=64, holdout=0, device='cpu', augment=False)
+    images = dls.train.images
+    images.x[dls.final.rows[:n]] = images.x[dls.train.rows[5:5+n]]
+    return dls
+
+def shared(dls): return [n for n in evaluate(net(), dls, 'natural', n=20, progress=False).notes if n.startswith('shared images')]
+
+def test_shared_images():
+    assert shared(leaking(1)) == shared(leaking(0)) == []
+    assert shared(leaking(30)) == ['shared images: 30 of 360 test images are in the training set, too, byte for byte: '
+                                   'what was learnt by heart counts as right. Take them out of one of both']
+
+def test_shared_files(tmp_path):
+    "Images that are too large to be kept"
+    rng = np.random.default_rng(0)
+    for part,n in (('train', 8), ('test', 4)):
+        for c in 'ab':
+            (tmp_path/part/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(0, 255, (80, 80, 3), dtype=np.uint8)).save(tmp_path/part/c/f'{i}.png')
+    def look(): return [f.text.split(' are')[0] for f in _shared_images(get_dls(tmp_path, bs=4, img_size=80, device='cpu'))]
+    assert look() == []
+    for i in range(3): shutil.copy(tmp_path/'train'/'a'/f'{i}.png', tmp_path/'test'/'a'/f'{i}.png')
+    assert look() == ['3 of 8 test images']
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('fastrain.evaluation.evaluate._MOST_FILES', 2)
+        assert look() == []
+
+def test_shared_images_of_other_loaders():
+    assert list(_shared_images(digit_dls())) == [] == list(_shared_images([digits('test', 8)]))

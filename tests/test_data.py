@@ -1,5 +1,5 @@
 "The published layouts, the fast path against the plain one, reproducible batches, fastai's tools, and every kind of bad input"
-import functools, http.server, io, os, pickle, shutil, tarfile, threading
+import functools, http.server, io, os, pickle, shutil, struct, tarfile, threading, zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from fasttransform import Transform
 from PIL import Image
 from torch import nn
 
-from fastrain.data import pixels, sources
+from fastrain.data import cifar, pixels, sources
 from fastrain.core import seed_all
 from fastrain.data.cifar import _load_pickle, _SafeUnpickler, read_cifar
 from fastrain.data.folders import list_images
@@ -447,8 +447,43 @@ def test_missing_parts_and_mixed_sizes(tmp_path):
     for i, c in enumerate('ab'): draw(tmp_path/c, 6, size=32+4*i)
     with pytest.raises(ValueError, match='give holdout=0.2'): small(tmp_path)
     with pytest.raises(ValueError, match='no test set'): small(tmp_path, bs=4, holdout=.5, n_test=2)
-    with pytest.raises(ValueError, match=r'differ in size: .*a/0000.png is 32x32, .*b/0000.png is 36x36.*img_size=32'):
+    with pytest.raises(ValueError, match=r'differ in size: most are 32x32, .*b/0000.png is 36x36.*img_size=32'):
         small(tmp_path, bs=4, holdout=.5)
     dls = small(tmp_path, bs=4, holdout=.5, img_size=32)
     assert dls.train.images.x.shape == (12, 3, 32, 32)
     with pytest.raises(ValueError, match='no test set'): dls.test
+
+def header_of_png(path, width, height):
+    "The beginning of a PNG, which says how large it would be"
+    header = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + header + struct.pack('>I', zlib.crc32(header))
+                     + struct.pack('>I', 0) + b'IDAT' + struct.pack('>I', zlib.crc32(b'IDAT')))
+
+@pytest.mark.filterwarnings('ignore:Image size')
+@pytest.mark.parametrize('cache', [True, False])
+def test_one_huge_image_does_not_decide_the_size(folder, cache):
+    "It is named, and not decoded for that; before, all images became 224 x 224"
+    header_of_png(folder/'train'/'a'/'0000.png', 13_000, 13_000)
+    with pytest.raises(ValueError, match=r'most are 32x32, .*a/0000.png is 13000x13000'): small(folder, cache=cache)
+
+def test_one_small_image_does_not_decide_the_size(tmp_path):
+    for c in 'ab':
+        draw(tmp_path/'train'/c, 6, 80)
+        draw(tmp_path/'test'/c, 4, 90)
+    Image.new('RGB', (8, 8)).save(tmp_path/'train'/'a'/'0000.png')
+    assert small(tmp_path, num_workers=0).one_batch()[0].shape == (8, 3, 224, 224)
+
+def test_few_sizes_are_looked_at(folder, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(sources, 'image_size', lambda f: looked_at.append(f) or (32, 32))
+    monkeypatch.setattr(sources, '_LOOKED_AT', 10)
+    small(folder)
+    assert len(looked_at) <= 10 and {f.parent.parent.name for f in looked_at} == {'train', 'test'}
+
+def test_an_archive_that_would_fill_the_memory(tmp_path, monkeypatch):
+    write_cifar10(tmp_path)
+    archive = tmp_path/'new'/'cifar-10-python.tar.gz'
+    archive.parent.mkdir()
+    with tarfile.open(archive, 'w:gz') as tar: tar.add(tmp_path/'cifar-10-batches-py', 'cifar-10-batches-py')
+    monkeypatch.setattr(cifar, '_LARGEST', 1000)
+    with pytest.raises(ValueError, match='is not a whole archive: .* in it has .* bytes'): read_cifar(archive)

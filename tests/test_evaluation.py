@@ -366,7 +366,7 @@ def test_second_call_attacks_nothing(tmp_path):
     again = run(model, attacks=attacks, out=tmp_path, images=True)
     assert same(columns(again), columns(first)) and again.rows == first.rows # the seconds, too
     assert attack.calls == calls == 6
-    assert forwards.n == 1 # the look at the first batch
+    assert forwards.n == 1 + 3 + 3 # the look at the first batch; of each batch logits and a gradient, which tell that the model is the same
     assert same(columns(run(model, attacks=attacks)), columns(first))
 
 @pytest.mark.parametrize('stop', [0, 1, 3, 5])
@@ -452,6 +452,130 @@ def test_models_are_not_mistaken(tmp_path, make):
     def measured(v, **kwargs): return columns(run(make(trained(), v), attacks='natural', **kwargs))
     want = [measured(v) for v in (-1., .5)]
     assert not same(*want) and same([measured(v, out=tmp_path) for v in (-1., .5)], want)
+
+def defined_anew(sign):
+    "A class of the same name in the next cell of a notebook"
+    class Mine(nn.Module):
+        def __init__(self): super().__init__(); self.model = trained()
+        def forward(self, x): return self.model(x if sign > 0 else 1 - x)
+    return Mine()
+
+class Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, g): return -g
+
+class Holds(nn.Module):
+    "A net with something before it that is neither a weight nor a plain value"
+    def __init__(self, before): super().__init__(); self.model,self.held = trained(),before
+    def forward(self, x):
+        held = self.held.get('f') if isinstance(self.held, dict) else self.held
+        return self.model(held(x) if callable(held) else (x*torch.as_tensor(held).to(x)).clamp(0, 1))
+
+def hooked(f):
+    model = trained()
+    model.register_forward_pre_hook(lambda m, x: (f(x[0]),))
+    return model
+
+def keeps(x): return x
+def inverts(x): return 1 - x
+inverts.__name__ = inverts.__qualname__ = 'keeps'
+
+changed_behaviour = { # twice the same weights and the same text
+    'forward': (lambda: defined_anew(1), lambda: defined_anew(-1)),
+    'hook': (lambda: hooked(keeps), lambda: hooked(inverts)),
+    'function': (lambda: Holds(keeps), lambda: Holds(inverts)),
+    'dictionary': (lambda: Holds(dict(f=keeps)), lambda: Holds(dict(f=inverts))),
+    'array': (lambda: Holds(np.ones((3, 32, 32))), lambda: Holds(np.zeros((3, 32, 32)))),
+    'way back': (lambda: Holds(keeps), lambda: Holds(Masked.apply))}
+
+@pytest.mark.parametrize('kind', changed_behaviour)
+def test_what_a_model_answers_tells_it_apart(tmp_path, kind):
+    "No weight differs"
+    first,second = changed_behaviour[kind]
+    want = [columns(run(make())) for make in (first, second)]
+    assert not same(*want)
+    for _ in range(2): assert same([columns(run(make(), out=tmp_path)) for make in (first, second)], want)
+
+def test_a_change_is_seen_after_an_interruption(tmp_path):
+    "The first batches are of the second model already, the others still of the first"
+    first,second = changed_behaviour['way back']
+    def part(n): return run(second(), batches()[:n], out=tmp_path)
+    run(first(), out=tmp_path)
+    part(1)
+    assert same(columns(run(second(), out=tmp_path)), columns(run(second())))
+
+def test_standard_model_and_support_are_asked_again(tmp_path):
+    first,second = changed_behaviour['hook']
+    def figures(make, of, **kwargs):
+        models = dict(model=trained(), standard=trained()) | {of: make()}
+        ev = run(attacks='natural,fgsm,topology', support=batches(part='train'), ks=(5,), **models, **kwargs)
+        return ev.figures
+    for of in ('standard', 'model'):
+        want = [figures(make, of) for make in (first, second)]
+        assert want[0] != want[1] and [figures(make, of, out=tmp_path/of) for make in (first, second)] == want
+
+def test_features_are_asked_again(tmp_path):
+    "The layer that counts as classifier changes, and with it features; no logit does"
+    class Picks(nn.Module):
+        def __init__(self, i):
+            super().__init__()
+            self.model,self.pick = trained(),[lambda m: m.fc, lambda m: m.extra][i]
+            self.model.extra = nn.Linear(3, 2)
+        def forward(self, x):
+            self.model.extra(x.flatten(2).mean(2))
+            return self.model(x)
+        def get_classifier(self): return self.pick(self.model)
+    first,second = Picks(0),Picks(1)
+    second.load_state_dict(first.state_dict())
+    want = [columns(run(m, attacks='natural,fgsm')) for m in (first, second)]
+    assert not same(*want) and same([columns(run(m, attacks='natural,fgsm', out=tmp_path)) for m in (first, second)], want)
+
+def own_objective(sign):
+    def mine(model, x, y): return lambda z, at=...: sign*F.cross_entropy(z, y[at], reduction='sum')
+    return {'mine': PGD(.06, .03, 3, start='natural', objective=mine)}
+
+def own_module(eps):
+    class Attack(nn.Module):
+        def __init__(self): super().__init__(); self.size = eps
+        def forward(self, model, x, y): return (x + self.size).clamp(0, 1)
+    return {'mine': Attack()}
+
+def own_class(sign):
+    class Attack:
+        eps,norm = .3,'linf'
+        def __repr__(self): return 'Attack()'
+        def __call__(self, model, x, y): return (x + sign*self.eps).clamp(0, 1)
+    return {'mine': Attack()}
+
+def own_loop(sign):
+    class Loop(PGD):
+        def __call__(self, model, x, y, **kwargs): return (x + sign*self.eps).clamp(0, 1)
+    return {'mine': Loop(.3, .1, 1)}
+
+@pytest.mark.parametrize('make', [own_objective, own_module, own_class, own_loop, lambda c: {'mine': WorstCase(own_objective(c))}])
+def test_attacks_that_cannot_be_known_are_run_again(tmp_path, make):
+    a,b = (1., -1.) if make is not own_module else (.3, .6)
+    want = [columns(run(attacks=make(c))) for c in (a, b)]
+    assert not same(*want) and same([columns(run(attacks=make(c), out=tmp_path)) for c in (a, b)], want)
+
+def test_objective_that_is_entered_under_a_name(tmp_path, monkeypatch):
+    from fastrain.attacks.pgd import objectives
+    def measured(sign, **kwargs):
+        monkeypatch.setitem(objectives, 'mine', own_objective(sign)['mine'].objective)
+        return columns(run(attacks=dict(mine=PGD(.06, .03, 3, start='natural', objective='mine')), **kwargs))
+    want = [measured(c) for c in (1., -1.)]
+    assert not same(*want) and same([measured(c, out=tmp_path) for c in (1., -1.)], want)
+
+def test_parts_without_answers_are_measured_again(tmp_path):
+    "Those of 0.1"
+    want = run(out=tmp_path)
+    for f in (tmp_path/'parts').rglob('*.pt'):
+        part = torch.load(f)
+        del part['answer']
+        torch.save(part | dict(margin=part['margin'] + 1), f)
+    assert same(columns(run(out=tmp_path)), columns(want))
 
 @pytest.mark.parametrize('keep', [0, 1, 100, .5, .99])
 def test_damaged_part(tmp_path, keep):

@@ -15,7 +15,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback, Te
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.learner import Learner, load_learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam, OptimWrapper
 from torch import nn
@@ -25,10 +25,10 @@ from fastrain.training.callback import Column, TRAINCallback
 from fastrain.core import seed_all
 from fastrain.data.sources import get_dls
 from fastrain.training.metrics import RobustAccuracy
-from fastrain.pieces.losses import TRADES
+from fastrain.pieces.losses import AT, RobustLoss, TRADES, Natural
 from fastrain.models.backbone import backbone_splitter, create_backbone
 from fastrain.training.schedules import torch_sgd
-from fastrain.training.standard import CoTrained
+from fastrain.training.standard import CoTrained, Frozen
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*torch.cuda.amp', 'ignore:User provided device_type',
                                         'ignore:.*GradScaler.*', 'ignore:.*CUDA is not available')
@@ -521,3 +521,149 @@ def test_terminate_on_nan():
     learn = learner(cbs=[TerminateOnNaNCallback()], opt_func=torch_sgd)
     with contextlib.suppress(FloatingPointError): quietly(learn, 3, 1e30)
     assert list(learn.metrics.attrgot('name')) == ['accuracy']
+
+# --- the learner's loss function
+
+def with_loss(loss_func, robust=None, std=None, n_epoch=1):
+    "Weights of both models, trained with a loss function"
+    seed_all(0)
+    cb = TRAINCallback(net(2) if std is None else std, robust=robust, attack=quick())
+    learn = Learner(digit_dls(), net(1), loss_func, cbs=cb, metrics=accuracy)
+    return models(quietly(learn, n_epoch, 3e-3))
+
+weights = torch.arange(1., 11)
+
+@pytest.mark.parametrize('robust', ['at', 'trades', 'mart', 'alp', 'gairat', 'mca'])
+def test_class_weights_and_smoothing_train(robust):
+    plain = with_loss(CrossEntropyLossFlat(), robust)
+    assert same(plain, with_loss(nn.CrossEntropyLoss(), robust)) and same(plain, with_loss(nn.functional.cross_entropy, robust))
+    for kwargs in (dict(label_smoothing=.3), dict(weight=weights)):
+        other = with_loss(CrossEntropyLossFlat(**kwargs), robust)
+        assert not same(plain['main'], other['main']) and not same(plain['std'], other['std'])
+
+def test_label_smoothing_of_fastai_and_torch_agree():
+    a,b = with_loss(LabelSmoothingCrossEntropyFlat(eps=.1)),with_loss(CrossEntropyLossFlat(label_smoothing=.1))
+    assert same(a, b)
+
+def test_natural_training_is_the_plain_learner():
+    "With its weights and smoothing, too"
+    def train(cb):
+        seed_all(0)
+        learn = Learner(digit_dls(), net(1), CrossEntropyLossFlat(weight=weights, label_smoothing=.1), cbs=cb, metrics=accuracy)
+        return snapshot(quietly(learn, 1, 3e-3).model)
+    assert same(train(TRAINCallback(None, robust=Natural())), train(None))
+
+def test_standard_model_of_ones_own_keeps_its_loss():
+    def own(loss_func): return Learner(digit_dls(), net(2), loss_func, metrics=accuracy)
+    plain = with_loss(CrossEntropyLossFlat())
+    got = with_loss(CrossEntropyLossFlat(), std=own(CrossEntropyLossFlat(label_smoothing=.3)))
+    assert not same(got['std'], plain['std'])
+    assert same(with_loss(CrossEntropyLossFlat(label_smoothing=.3), std=own(CrossEntropyLossFlat()))['std'], plain['std'])
+    with pytest.raises(ValueError, match="standard learner's loss function FocalLoss"):
+        with_loss(CrossEntropyLossFlat(), std=own(FocalLossFlat()))
+
+class Sure(nn.CrossEntropyLoss):
+    "Not cross-entropy, whatever it descends from"
+    def forward(self, z, y): return super().forward(2*z, y)
+
+@pytest.mark.parametrize('loss_func, match', [
+    (FocalLossFlat(), 'FocalLoss is no cross-entropy'), (MSELossFlat(), 'MSELoss is no'),
+    (BCEWithLogitsLossFlat(), 'BCEWithLogitsLoss is no'),
+    (Sure(), 'Sure is no'), (lambda z, y: z.sum(), 'lambda> is no'), (CrossEntropyLossFlat(ignore_index=3), 'ignores the label 3'),
+    (LabelSmoothingCrossEntropyFlat(weight=weights), 'weighs classes'), (nn.CrossEntropyLoss(reduction='sum'), "reduction='sum'"),
+    (CrossEntropyLossFlat(weight=torch.ones(3)), '3 class weights, but the data have 10 classes'),
+    (CrossEntropyLossFlat(weight=-weights), 'expected numbers > 0')])
+def test_other_loss_functions_are_refused(loss_func, match):
+    main = net(1)
+    learn = Learner(digit_dls(), main, loss_func, cbs=TRAINCallback(net(2), attack=quick()), metrics=accuracy)
+    with pytest.raises(ValueError, match=match): quietly(learn)
+    assert same(snapshot(main), snapshot(net(1))) and list(learn.metrics.attrgot('name')) == ['accuracy']
+
+def test_doubly_smoothed_labels_are_refused():
+    with pytest.raises(ValueError, match='smooths labels, and so does'):
+        with_loss(CrossEntropyLossFlat(label_smoothing=.1), 'at:confidence=.7')
+    with_loss(CrossEntropyLossFlat(weight=weights), 'at:confidence=.7')
+
+class Own(RobustLoss):
+    "A loss that does not look at the learner's"
+    def __call__(self, v): return dict(own=v.adv.logits.square().mean())
+
+def test_own_robust_loss_says_what_the_loss_function_does():
+    with pytest.warns(UserWarning, match=r'Own\(\) is a loss of its own: FocalLoss, the loss function of the learner, only validates'):
+        with_loss(FocalLossFlat(), Own())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with_loss(CrossEntropyLossFlat(), Own())
+
+def test_settings_name_the_loss_function():
+    def said(loss_func): return Learner(digit_dls(), net(1), loss_func, cbs=TRAINCallback(None)).train_cb.settings()['loss_func']
+    assert said(CrossEntropyLossFlat()) == said(nn.CrossEntropyLoss()) == dict(kind='cross-entropy', weight=None, label_smoothing=0.)
+    assert said(CrossEntropyLossFlat(weight=weights))['weight'] == weights.tolist() and said(FocalLossFlat()) == dict(kind='FocalLoss')
+
+# --- one callback, compiled and distributed models
+
+def test_second_callback_is_refused():
+    for learn,cbs in ((learner(cbs=[TRAINCallback(None)]), None), (learner(), TRAINCallback(None))):
+        before = snapshot(learn.model)
+        with pytest.raises(ValueError, match='two TRAINCallbacks'): quietly(learn, cbs=cbs)
+        assert same(before, snapshot(learn.model)) and list(learn.metrics.attrgot('name')) == ['accuracy']
+
+@pytest.mark.parametrize('where', ['main', 'standard', 'in place'])
+def test_compiled_model_whose_features_are_needed_is_refused(where):
+    main,std = net(1),net(2)
+    if where == 'in place': main.compile(backend='eager')
+    if where == 'main': main = torch.compile(main, backend='eager')
+    if where == 'standard': std = torch.compile(std, backend='eager')
+    learn = learner(TRAINCallback(std, attack=quick()), main)
+    before = snapshot(main)
+    with pytest.raises(ValueError, match=r'model is compiled.*_orig_mod'): quietly(learn)
+    assert same(before, snapshot(main))
+
+@pytest.mark.parametrize('robust', ['at', 'trades'])
+def test_compiled_model_trains(robust):
+    def train(main):
+        seed_all(0)
+        model = quietly(learner(TRAINCallback(None, robust=robust, attack=quick()), main), 1, 3e-3).model
+        return snapshot(getattr(model, '_orig_mod', model))
+    assert same(train(net(1)), train(torch.compile(net(1), backend='eager')))
+
+class Lookalike(type(net(1))):
+    "Attributes that callbacks are called by, as DistributedDataParallel has `mixed_precision`"
+    mixed_precision = gradient_clip = channels_last = lr_finder = progress = checkpoint = None
+
+def lookalike():
+    m = net(1)
+    m.__class__ = Lookalike
+    return m
+
+@pytest.mark.parametrize('standard', [lambda: net(2), lambda: CoTrained(net(2), warmup=1), lambda: Frozen(net(2))])
+def test_attributes_of_the_model_are_no_callbacks(standard):
+    def train(main): return models(quietly(learner(TRAINCallback(standard(), attack=quick()), main), 1, 3e-3))
+    assert same(train(net(1)), train(lookalike()))
+
+@pytest.fixture
+def one_process():
+    "Distributed training in a group of one"
+    import torch.distributed as dist
+    store = dist.HashStore()
+    dist.init_process_group('gloo', store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+@pytest.mark.parametrize('robust', ['at', 'trades'])
+@pytest.mark.parametrize('std', [True, False])
+def test_distributed_model(one_process, robust, std):
+    "As fastai's `DistributedTrainer`: wrapped when `fit` begins"
+    from torch.nn.parallel import DistributedDataParallel
+    def wrap(learn): learn.model = DistributedDataParallel(learn.model)
+    def unwrap(learn): learn.model = learn.model.module
+    def train(*cbs):
+        seed_all(0)
+        learn = learner(TRAINCallback(net(2) if std else None, robust=robust, attack=quick()), cbs=cbs)
+        return snapshot(quietly(learn, 1, 3e-3).model)
+    assert same(train(), train(Call('before_fit', wrap, -20, 'a'), Call('after_fit', unwrap, 20, 'b')))
+
+def test_mixed_precision_without_a_gpu_says_so():
+    if torch.cuda.is_available(): pytest.skip('there is a GPU')
+    for precision in ('to_fp16', 'to_bf16'):
+        with pytest.warns(UserWarning, match='work on CUDA GPUs alone.*computes in float32'): quietly(getattr(learner(), precision)())

@@ -10,7 +10,7 @@ from fastrain.attacks.pgd import PGD, Plan
 from fastrain.training.callback import TRAINCallback
 from fastrain.core import fork_rng, seed_all
 from fastrain.pieces.losses import ALP, AT, MART, MCA, TRADES, GAIRAT, Natural, RobustLoss, soft_targets, supcon_loss
-from fastrain.pieces.base import Output, Views
+from fastrain.pieces.base import CrossEntropy, Output, Views
 from fastrain.core import unit_vectors
 
 def views(n=7, c=5, d=6, scale=3., dtype=torch.float64, seed=0, **kwargs):
@@ -379,3 +379,44 @@ def test_only_gairat_plans():
     planned = {k for k,loss in RobustLoss.registry.items() if loss.__module__ == 'fastrain.pieces.losses'
                and loss().plan(None, v, PGD()) is not None}
     assert planned == {'gairat'} and isinstance(GAIRAT().plan(None, v, PGD()), Plan)
+
+# --- class weights and label smoothing of the learner's loss function
+
+def _outputs(n=6, classes=4):
+    g = torch.Generator().manual_seed(0)
+    def out(): return Output(torch.randn(n, classes, generator=g), torch.randn(n, 5, generator=g))
+    return Views(None, torch.tensor([0, 1, 2, 3, 3, 1]), adv=out(), nat=out())
+
+def _labels_term(key, v, weight, smoothing, plain):
+    "What of a loss is computed of labels, written out; and the rest from the loss with plain cross-entropy"
+    def ce(z, **kwargs): return F.cross_entropy(z, v.y, weight, label_smoothing=smoothing, **kwargs)
+    w = weight[v.y]
+    if key in ('at', 'gairat', 'mca'): return dict(plain, ce=ce(v.adv.logits))
+    if key in ('trades', 'standard'): return dict(plain, ce=ce(v.nat.logits))
+    if key == 'alp': return dict(plain, ce=ce(v.nat.logits)/2 + ce(v.adv.logits)/2)
+    rival = v.adv.logits.softmax(1).scatter(1, v.y[:,None], -1).amax(1)
+    return dict(plain, bce=ce(v.adv.logits) - (w*(1.0001 - rival + 1e-12).log()).sum()/w.sum())
+
+@pytest.mark.parametrize('key', ['at', 'trades', 'alp', 'mart', 'gairat', 'mca', 'standard'])
+@pytest.mark.parametrize('smoothing', [0., .2])
+def test_weights_and_smoothing_in_every_loss(key, smoothing):
+    v,weight = _outputs(),torch.tensor([1., 2., .5, 3.])
+    loss = RobustLoss.named(key)
+    assert loss.uses_ce
+    want = _labels_term(key, v, weight, smoothing, loss(v))
+    got = loss(v.seen(ce=CrossEntropy(weight, smoothing)))
+    for n in want: torch.testing.assert_close(got[n], want[n])
+
+def test_weights_of_gairat_and_smoothed_targets():
+    v,weight = _outputs(),torch.tensor([1., 2., .5, 3.])
+    w,z = weight[v.y],v.adv.logits
+    notes = dict(kappa=torch.tensor([0, 3, 6, 9, 10, 2]), steps=torch.full((6,), 10))
+    loss = RobustLoss.named('gairat')
+    omega = loss.weights(notes['kappa'].float(), notes['steps'].float())
+    got = loss(v.seen(ce=CrossEntropy(weight), notes=notes))['ce']
+    torch.testing.assert_close(got, (omega*w*F.cross_entropy(z, v.y, reduction='none')).sum()/w.sum())
+    smooth = AT(confidence=.7)(v.seen(ce=CrossEntropy(weight)))['ce']
+    target = soft_targets(v.y, 4, .7)
+    torch.testing.assert_close(smooth, -(weight*target*z.log_softmax(1)).sum()/w.sum())
+    for ce in (CrossEntropy(), CrossEntropy(torch.ones(4))):
+        torch.testing.assert_close(AT(confidence=.7)(v.seen(ce=ce))['ce'], F.cross_entropy(z, target))

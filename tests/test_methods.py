@@ -121,7 +121,7 @@ def test_parameters_of_a_policy():
     assert m.policy is CoTrained and m.policy_args == dict(warmup=3, follow=False)
     assert parse_method('train+frozen:seed=5').policy_args == dict(seed=5)
 
-lines = {None: [], '': [], 'at': ['at'], 'standard,at,at+train': ['standard', 'at', 'at+train'],
+lines = {None: [], 'at': ['at'], 'standard,at,at+train': ['standard', 'at', 'at+train'],
          'Vanilla AT, Vanilla AT + TRAIN*': ['at', 'at+train+frozen'],
          'at,trades:beta=3+las:lr=.1,r2=1': ['at', 'trades:beta=3+las:lr=.1,r2=1'],
          'lbgat:detach=true,ce=false,at,ema:decay=.9,warmup=false': ['lbgat:detach=true,ce=false', 'at', 'ema:decay=.9,warmup=false'],
@@ -304,9 +304,11 @@ def test_epoch(method, recipe, dls, warm):
     ('trades:beta=3,beta=4', 'trades is given beta twice'), ('trades:beta=3,Beta=4', 'trades is given beta twice'),
     ("at+train':detach=true", 'train is given detach twice'), ('trades:beta=abc', "trades: beta='abc': expected a number"),
     ('trades:beta=true', 'trades: beta=True: expected a number'), ('trades:beta=none', 'trades: beta=None: expected a number ≥ 0'),
-    ('trades:beta=(1,2)', r'trades: beta=\(1, 2\): expected a number'), ('at+train:detach=maybe', "train: detach='maybe': expected true or false"),
+    ('trades:beta=(1,2)', r'trades: beta=\(1, 2\): expected a number'),
+    ('at+train:detach=maybe', "train: detach='maybe': expected true or false"),
     ('at+train:weight=abc', "train: weight='abc': expected a number"), ('at+ema:warmup=yes', "ema: warmup='yes': expected true or false"),
-    ('at+train+cotrained:follow=3', 'cotrained: follow=3: expected true or false'), ('fat:breaks=("a",)', "fat: breaks='a': expected a number"),
+    ('at+train+cotrained:follow=3', 'cotrained: follow=3: expected true or false'),
+    ('fat:breaks=("a",)', "fat: breaks=.'a',.: expected full epochs"),
     ('at+train+cotrained:warmup=abc', "cotrained: warmup='abc': expected a number"),
     ('at+train+cotrained:warmup=-1', 'cotrained: warmup=-1: expected a whole number'),
     ('at+train+cotrained:warmup_lr=0', 'cotrained: warmup_lr=0: expected a learning rate > 0'),

@@ -1,20 +1,22 @@
 "Backbones, their stems and weights, and the features of any model"
-import copy, json, pickle
+import copy, json, pickle, warnings
 from collections import OrderedDict
 
 import pytest, timm, torch
 import torch.nn.functional as F
 from fastai.callback.progress import ProgressCallback
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from torch import nn
 
+from conftest import make_learner, quick, quietly
 from fastrain.core import save_tensors
 from fastrain.models.features import FeatureCapture, find_classifier, logits_and_features, n_features, n_outputs
 from fastrain.models.backbone import (
     Backbone, PixelNormalize, _create_net, _fit_to_size, backbone_splitter, create_backbone, describe_backbone)
 from fastrain.models.loading import clean_state_dict, load_weights
 from fastrain.models.stems import adapt_stem, excess_reduction, reduction_levels
+from fastrain.training.callback import TRAINCallback
 
 # name: width of the features, last map at 32 pixels, last map at 64 pixels
 BACKBONES = dict(
@@ -383,3 +385,71 @@ def test_splitter_covers_every_parameter_once():
     for model in (create_backbone('test_resnet', 2), _plain()):
         got = [id(p) for group in backbone_splitter(model) for p in group]
         assert sorted(got) == sorted(map(id, model.parameters()))
+
+# --- images of another size than the model was made for
+
+def _warned(model, *sizes):
+    with warnings.catch_warnings(record=True) as seen, torch.no_grad():
+        warnings.simplefilter('always')
+        for height,width in sizes: model(torch.rand(2, model.settings['in_chans'], height, width))
+    return [str(w.message) for w in seen]
+
+def test_small_stem_on_large_images_says_so_once():
+    m = create_backbone('resnet10t_16', 10).eval()
+    message, = _warned(m, (128, 128), (128, 128), (64, 64))
+    assert 'made for images of 32x32 pixels and is shown 128x128' in message and 'up to 16 times longer' in message
+    assert "create_backbone('resnet10t_16', 10, img_size=128)" in message
+    assert _warned(create_backbone('resnet10t_16', 10, img_size=128).eval(), (128, 128), (224, 224)) == []
+
+@pytest.mark.parametrize('made_for, seen', [(32, (28, 28)), (32, (32, 32)), (32, (40, 40)), (64, (64, 64)), ((32, 48), (32, 48))])
+def test_sizes_that_fit_are_let_pass(made_for, seen):
+    assert _warned(create_backbone('resnet10t_16', 10, img_size=made_for).eval(), seen) == []
+
+def test_large_stem_on_small_images_says_so():
+    message, = _warned(create_backbone('resnet10t_16', 10, img_size=128).eval(), (32, 32))
+    assert 'little of them is left' in message
+    assert _warned(create_backbone('resnet10t_16', 10, small_images=False).eval(), (32, 32), (96, 96)) == [] # as it was asked for
+
+def test_backbones_saved_before_are_quiet():
+    m = create_backbone('resnet10t_16', 10).eval()
+    del m.__dict__['size'] # they lack it
+    assert _warned(m, (128, 128)) == []
+
+@pytest.mark.parametrize('name', ['resnet10t_16', 'vit_tiny_patch16_224', 'preact_resnet18'])
+def test_size_of_two_sides(name):
+    m = create_backbone(name, 10, img_size=(32, 48), in_chans=1).eval()
+    assert m(torch.rand(2, 1, 32, 48)).shape == (2, 10) and m.settings['img_size'] == (32, 48)
+    again = create_backbone(**m.settings)
+    assert again.stem == m.stem and describe_backbone(m)['params'] > 0
+    square = create_backbone(name, 10, img_size=(32, 32))
+    assert square.settings['img_size'] == 32 and square.stem == create_backbone(name, 10).stem
+
+@pytest.mark.parametrize('size', [(3,), (32, 4), (1, 2, 3), '32', None, 3.5, (32, 'a')])
+def test_what_is_no_size(size):
+    with pytest.raises(ValueError, match='img_size='): create_backbone('resnet10t_16', 10, img_size=size)
+
+def _shaped_dls(chans, height, width):
+    g = torch.Generator().manual_seed(0)
+    items = list(zip(torch.rand(16, chans, height, width, generator=g), torch.arange(16)%10))
+    return DataLoaders(*(TfmdDL(items, bs=8, num_workers=0) for _ in range(2)), device='cpu')
+
+@pytest.mark.parametrize('chans, height, width', [(1, 32, 32), (3, 32, 48), (1, 48, 32), (4, 40, 40)])
+@pytest.mark.parametrize('kwargs', [dict(), dict(strategy='las:net=resnet10t_16')])
+def test_standard_model_by_name_takes_channels_and_size_from_the_batch(chans, height, width, kwargs):
+    size = height if height == width else (height, width)
+    main = create_backbone('resnet10t_16', 10, img_size=size, in_chans=chans)
+    cb = TRAINCallback('resnet10t_16', attack=quick(), **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        quietly(make_learner(_shaped_dls(chans, height, width), main, cb))
+    made = cb.standard_learner.model.settings
+    assert made['in_chans'] == chans and made['img_size'] == size
+
+def test_channels_that_differ():
+    three,one = (create_backbone('resnet10t_16', 10, in_chans=n) for n in (3, 1))
+    for main,standard,who in ((three, 'resnet10t_16', 'adversarial'), (one, three, 'standard')):
+        learn = make_learner(_shaped_dls(1, 32, 32), main, TRAINCallback(standard, attack=quick()))
+        match = f'The {who} model takes images of 3 channels.*have 1. Create it with in_chans=1'
+        with pytest.raises(ValueError, match=match): quietly(learn)
+    grey = create_backbone('resnet10t_16', 10, mean=[.5]*3, std=[.3]*3) # makes three channels of one
+    quietly(make_learner(_shaped_dls(1, 32, 32), grey, TRAINCallback(None, attack=quick())))

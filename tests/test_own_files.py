@@ -37,7 +37,9 @@ def test_a_key_of_another_family_is_refused():
     "A method's name does not say of which family its pieces are"
     with pytest.raises(ValueError, match="the key 'at' belongs to fastrain.pieces.losses.AT"): type('Mine', (Relation,), dict(key='at'))
 
-@pytest.mark.parametrize('key', ['..', '.', '.hidden', 'a/b', '/tmp/x', '../x', '', ' ', 'a b', 'a\nb', 'x'*61, 3, ['at'], 'a+b', 'a:b', 'a,b', '\0'])
+NAMES_NO_FILE = ['..', '.', '.hidden', 'a/b', '/tmp/x', '../x', '', ' ', 'a b', 'a\nb', 'x'*61, 3, ['at'], 'a+b', 'a:b', 'a,b', '\0']
+
+@pytest.mark.parametrize('key', NAMES_NO_FILE)
 def test_a_key_that_cannot_name_a_file_is_refused(key):
     before = dict(RobustLoss.registry)
     with pytest.raises(ValueError, match='cannot name a file'): type('Mine', (AT,), dict(key=key))
@@ -83,8 +85,8 @@ def told(tmp_path, text, call=None):
     ('import nowhere_at_all\n', 'own.py", line 1, in <module>', "ModuleNotFoundError: No module named 'nowhere_at_all'"),
     ('\n\ndef f(:\n', 'own.py", line 3', 'SyntaxError: invalid syntax'),
     ('if 1:\nx\n', 'own.py", line 2', 'IndentationError'),
-    ('from fastrain.core import lookup\nlookup("tardes", ["trades"])\n', 'own.py", line 2, in <module>', "ValueError: Unknown name 'tardes'"),
-    ('from fastrain.pieces.losses import AT\n\nclass Mine(AT):\n    key = "trades"\n', 'own.py", line 3, in <module>', "the key 'trades' belongs to")])
+    ('from fastrain.core import lookup\nlookup("tardes", ["trades"])\n', 'own.py", line 2, in <module>', "Unknown name 'tardes'"),
+    ('from fastrain.pieces.losses import AT\n\nclass Mine(AT):\n    key = "mart"\n', 'own.py", line 3, in <module>', "key 'mart' belongs to")])
 def test_an_error_is_shown_with_its_own_line_and_without_ours(tmp_path, text, line, what):
     shown,_ = told(tmp_path, text)
     assert line in shown and what in shown.splitlines()[-1]
@@ -113,7 +115,8 @@ def test_files_that_are_none(tmp_path):
 def test_models_by_name(tmp_path):
     (tmp_path/'m.py').write_text('import torch\nmodel = torch.nn.Linear(2, 2)\nnumber = 3\ndef make(n): return model\nimport fastrain\n')
     (tmp_path/'broken.py').write_text('import nowhere_at_all\n')
-    for spec,match in (('nowhere.models:make', 'There is no module nowhere. Write'), (':make', 'is no name of a module'), ('..:make', 'is no name'),
+    for spec,match in (('nowhere.models:make', 'There is no module nowhere. Write'), (':make', 'is no name of a module'),
+                       ('..:make', 'is no name'),
                        (f'{tmp_path}/m.py:nothing', 'there is no nothing in'), (f'{tmp_path}/m.py:number', 'is int, expected a function'),
                        (f'{tmp_path}/m.py:make', "missing a required argument: 'n'")):
         with pytest.raises(ValueError, match=match): load_any(spec, 2)

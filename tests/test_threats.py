@@ -1,4 +1,5 @@
 "AutoAttack against the authors' package image by image, its flags, worst cases, and the papers' PGD-20 and C&W-20 against plain loops"
+import functools
 import importlib.util
 import logging
 import sys
@@ -13,8 +14,9 @@ from torch import nn
 from conftest import Forwards, digits, net, same, snapshot
 from fastrain.attacks import autoattack
 from fastrain.attacks.autoattack import AutoAttack, OfficialAttack
-from fastrain.attacks.named import AttackKind, PGDKind, WhileRight, named_attack, own_attack, parse_attack, parse_attacks
-from fastrain.attacks.pgd import PGD, logit_margin
+from fastrain.attacks.named import (AttackKind, PGDKind, WhileRight, known_settings, named_attack, own_attack, parse_attack,
+                                    parse_attacks)
+from fastrain.attacks.pgd import PGD, logit_margin, margin_objective
 from fastrain.attacks.worst import WorstCase
 from fastrain.core import fork_rng
 from fastrain.evaluation.evaluate import evaluate
@@ -552,3 +554,19 @@ def test_margin_is_the_formula():
     assert logit_margin(z[:,:2], y % 2).tolist() == [row[1-c] - row[c] for row,c in zip(z[:,:2].tolist(), (y % 2).tolist())]
     wrong = z.argmax(1) != y
     assert (logit_margin(z, y)[wrong] >= 0).all() and (logit_margin(z, y)[~wrong] <= 0).all()
+
+def test_what_is_known_of_an_attack():
+    known = [None, named_attack('pgd20'), named_attack('pgd20-las'), named_attack('cw20'), named_attack('noise'), named_attack('aa'),
+             named_attack('square'), named_attack('fgsm+cw20'), PGD(objective=margin_objective)]
+    texts = [known_settings(a) for a in known]
+    assert None not in texts and len({*texts}) == len(known)
+    def mine(model, x, y): return x
+    class Own(PGD): pass
+    class Holds(PGD):
+        def __init__(self): super().__init__(); self.f = mine
+    class Promises(PGD):
+        settings = lambda self: dict(eps=self.eps, version=2)
+    for unknown in (mine, lambda model, x, y: x, torch.nn.Identity(), Own(), Holds(), PGD(objective=mine), PGD(start=mine),
+                    WorstCase(dict(a=PGD(), b=Own())), functools.partial(mine, 3)):
+        assert known_settings(unknown) is None
+    assert 'version' in known_settings(Promises()) and 'version' in known_settings(WorstCase(dict(a=Promises())))

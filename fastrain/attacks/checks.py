@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .pgd import PGD, norms
 from ..core import eval_mode, fork_rng, upcast
@@ -81,7 +82,9 @@ def sanity_checks(
     "Signs of masked gradients, by a few short attacks"
     with eval_mode(model), fork_rng(seed):
         found = list(_answers(model, x))
-        if not has_gradient(model, x[:1]):
+        if not found: found += _batch_statistics(model, x)
+        found += _bounded(model, x)
+        if not has_gradient(model, x[:2]): # BatchNorm of vectors with the statistics of the batch takes no single image
             return [*found, Finding('zero gradients', 'the model passes no gradient to its images at all')]
         found += _gradients(model, x, y)
         found += _order(model, x, y, eps, norm, source, steps, max(2, slack*len(x)))
@@ -116,6 +119,31 @@ def _gradients(model, x, y):
     text = f'of {len(x)} images the gradient of the cross-entropy is'
     if zero: yield Finding('zero gradients', f'for {zero} {text} exactly zero')
     if bad: yield Finding('non-finite gradients', f'for {bad} {text} not finite')
+
+# %% ../../nbs/attacks/checks.ipynb #faf5ad92
+@torch.no_grad()
+def _batch_statistics(model, x):
+    "Does what a model says of an image depend on those beside it?"
+    alone,beside = upcast(model(x[:2])),upcast(model(x))[:2]
+    gap = (alone - beside).abs().max().item()
+    if gap <= 1e-3*max(1., beside.abs().max().item()): return
+    layers = [n for n,m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
+    why = 'as with a BatchNorm that stays in training mode'
+    if layers: why = f'for {len(layers)} BatchNorm layers ({layers[0]}, ...) have no running statistics (track_running_stats=False)'
+    yield Finding('batch statistics', f'the logits of an image change by up to {gap:.2g} with the images beside it, {why}: '
+                                      'accuracy depends on the batch size. Use running statistics')
+
+@torch.no_grad()
+def _bounded(model, x):
+    "Do outputs crowd at the ends of a range?"
+    z = upcast(model(x))
+    for low,what in ((0, 'sigmoid'), (-1, 'tanh')):
+        if z.min() < low or z.max() > 1 or z.max() - z.min() < .5: continue
+        share = ((z < low + .05) | (z > .95)).float().mean().item()
+        if share < .05: continue
+        yield Finding('bounded outputs', f'all outputs lie in [{low}, 1], and {100*share:.0f} % of them at its ends, as behind a {what}: '
+                                         'gradients vanish there, and attacks look weak. Evaluate the logits before it')
+        return
 
 # %% ../../nbs/attacks/checks.ipynb #0ed61bab
 def _order(model, x, y, eps, norm, source, steps, slack):

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['WhileRight', 'PGDConvention', 'AttackKind', 'PGDKind', 'NamedAttack', 'parse_attack', 'named_attack', 'own_attack',
-           'parse_attacks']
+           'parse_attacks', 'known_settings']
 
 # %% ../../nbs/attacks/named.ipynb #0aad4912
-import re
+import re, types
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .autoattack import AutoAttack, OfficialAttack
-from .pgd import FGSM, PGD, Plan, random_noise
+from .pgd import FGSM, PGD, Plan, as_size, norms, objectives, random_noise, starts
 from .worst import WorstCase
-from ..core import Registered, check_name, check_number, lookup, parse_eps
+from ..core import Registered, check_name, lookup, parse_eps
 
 # %% ../../nbs/attacks/named.ipynb #0ea9c885
 class WhileRight(PGD):
@@ -71,7 +71,7 @@ class PGDKind(AttackKind):
 
     def make(self, *, eps, alpha, norm, steps, convention, **_):
         how = self.conventions.get(convention, PGDConvention())
-        eps = check_number('eps', eps, above=0, what='size in pixel units (such as 8/255)')
+        eps = as_size('eps', eps)
         if alpha is None: alpha = how.share*eps
         return how.attack(eps, alpha, steps, norm=norm, objective=self.objective, start=how.start)
 
@@ -252,3 +252,30 @@ def size_name(
     if isinstance(eps, str): return eps.strip()
     of_255 = eps*255
     return f'{of_255:.4g}/255' if abs(of_255 - round(of_255)) < 1e-6 else f'{eps:.4g}'
+
+# %% ../../nbs/attacks/named.ipynb #f7e902b1
+def known_settings(
+    attack # `(model, x, y) → images`, or None
+) -> str: # None if they cannot be known
+    "All that the images of an attack depend on, beside the model and random numbers, as text"
+    if type(attack) is WorstCase: return _known_parts(attack.attacks)
+    promised = 'settings' in vars(type(attack)) and not _is_ours(type(attack))
+    if attack is not None and not promised and not _is_ours(type(attack)): return None
+    settings = attack.settings() if promised else dict(getattr(attack, '__dict__', {}))
+    named = [known.get(settings.get(k)) for k,known in _NAMED.items()] # behind names, too, may be functions of the user
+    if not all(map(_is_known, [*settings.values(), *named])): return None
+    return f'{type(attack).__module__}.{type(attack).__qualname__}({settings})' if promised else repr(attack)
+
+_NAMED = dict(objective=objectives, start=starts, norm=norms)
+
+def _known_parts(attacks):
+    known = {name: known_settings(a) for name,a in attacks.items()}
+    return None if None in known.values() else f'WorstCase({known})'
+
+def _is_ours(o): return str(o.__module__).startswith('fastrain.')
+
+def _is_known(value):
+    "A plain value, or a function or class of this package"
+    if isinstance(value, (tuple, list)): return all(map(_is_known, value))
+    if isinstance(value, (types.FunctionType, type)): return _is_ours(value)
+    return value is None or isinstance(value, (str, int, float, bool))

@@ -8,6 +8,7 @@ __all__ = ['ce_objective', 'kl_objective', 'logit_margin', 'margin_objective', '
 
 # %% ../../nbs/attacks/pgd.ipynb #a80df3e2
 import math
+import numbers
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import Registered, check_number, eval_mode, lookup, upcast
+from ..core import Registered, check_number, eval_mode, lookup, parse_eps, shown, upcast
 
 # %% ../../nbs/attacks/pgd.ipynb #c1cfd3ea
 def ce_objective(model, x, y):
@@ -108,6 +109,13 @@ class Plan:
     moves:callable=None # `(step, logits, at) → mask`: which of the images `at` go on, given the logits of their iterates
     notes:dict=field(default_factory=dict) # `{name: (N,) tensor}` for the loss, written while the attack runs
 
+# %% ../../nbs/attacks/pgd.ipynb #d364856b
+def as_size(name:str, value) -> float:
+    "A size above 0 in pixel units, which may be typed: '8/255'"
+    try: typed = parse_eps(value) if isinstance(value, str) else value
+    except ValueError as e: raise ValueError(f'{name}={e}') from None
+    return check_number(name, typed, above=0, what='size in pixel units (such as 8/255)')
+
 # %% ../../nbs/attacks/pgd.ipynb #ba45e462
 class PGD:
     "Projected gradient descent (Madry et al. 2018) against a model on images; see the arguments for its variants"
@@ -124,8 +132,7 @@ class PGD:
         lookup(norm, norms, 'norm')
         if isinstance(objective, str): lookup(objective, objectives, 'objective')
         if isinstance(start, str): lookup(start, starts, 'start')
-        self.eps = check_number('eps', eps, above=0, what='size in pixel units (such as 8/255)')
-        self.alpha = check_number('alpha', alpha, above=0, what='size in pixel units (such as 2/255)')
+        self.eps,self.alpha = as_size('eps', eps),as_size('alpha', alpha)
         self.steps = check_number('steps', steps, at_least=0, whole=True)
         self.norm,self.objective,self.start = norm,objective,start
         self.clip = tuple(clip)
@@ -214,6 +221,16 @@ def random_noise(eps:float=.031, **kwargs):
     "A uniform draw from the ball: the baseline that every attack must beat"
     return PGD(eps, alpha=eps, steps=0, **kwargs)
 
+# %% ../../nbs/attacks/pgd.ipynb #d7b19432
+def as_attack(attack):
+    "An attack as it is; a number, or a size that is typed, is the ε of a PGD-10 with steps of ε/4; None is the default"
+    if attack is None: return PGD()
+    if callable(attack) and not isinstance(attack, type): return attack
+    try:
+        if not isinstance(attack, bool) and isinstance(attack, (str, numbers.Real)): return PGD(eps := as_size('eps', attack), eps/4)
+    except ValueError as e: raise ValueError(f'attack={shown(attack)}: {e}') from None
+    raise ValueError(f"attack={shown(attack)}: expected a PGD such as PGD(eps=8/255), or its ε such as 8/255 or '8/255'")
+
 # %% ../../nbs/attacks/pgd.ipynb #0bae686c
 def check_images(
     x:Tensor, # (N,...) images
@@ -223,7 +240,13 @@ def check_images(
     "A `ValueError` if `x` leaves the range `clip` or is not floating point"
     if not x.is_floating_point():
         raise ValueError(f'Images have dtype {x.dtype}; expected floats in [0,1]: divide by 255 (fastai: `IntToFloatTensor`)')
-    low,high = x.amin().item(),x.amax().item()
+    check_extent(x.amin().item(), x.amax().item(), clip, tol)
+
+# %% ../../nbs/attacks/pgd.ipynb #6b88fad2
+def check_extent(low:float, high:float, clip:tuple=(0.,1.), tol:float=1e-4):
+    "The same for the least and the largest value of the images"
+    if math.isnan(low):
+        raise ValueError('Images hold values that are not numbers (NaN): look at the transform that makes them, or at the files')
     if low >= clip[0] - tol and high <= clip[1] + tol: return
     raise ValueError(f'Images lie in [{low:.3g}, {high:.3g}]; expected [{clip[0]:g}, {clip[1]:g}]. '
                      'Attacks work on pixels: divide 0..255 images by 255, and leave mean/std normalisation to the layer '
@@ -235,9 +258,17 @@ def check_labels(
     n_classes:int # Number of the model's outputs
 ):
     "A `ValueError` if a label has no output"
+    check_label_kind(y)
+    check_label_range(int(y.amin()), int(y.amax()), n_classes)
+
+# %% ../../nbs/attacks/pgd.ipynb #a8d6f324
+def check_label_kind(y:Tensor):
+    "A `ValueError` for what is no list of class indices"
     if y.is_floating_point() or y.ndim != 1:
         raise ValueError(f'Labels have shape {tuple(y.shape)} and dtype {y.dtype}; expected class indices of shape (N,)')
-    low,high = int(y.amin()),int(y.amax())
+
+def check_label_range(low:int, high:int, n_classes:int):
+    "A `ValueError` if the least or the largest label has no output"
     if low < 0 or high >= n_classes:
         wrong = low if low < 0 else high
         raise ValueError(f'Label {wrong} has no output: the model has the classes 0 to {n_classes - 1}. '

@@ -65,6 +65,8 @@ _PICKLES = dict(
         labels='fine_labels', names='fine_label_names'))
 
 # %% ../../nbs/data/cifar.ipynb #d1c00007
+_LARGEST = 2**28 # Bytes of a file; the largest published one, the training images of CIFAR-100, has 155 million
+
 def _read_files(path, spec):
     "The needed files as a dict of bytes, from the archive or the folder; None if neither is there"
     need = [*spec.train, *spec.test, spec.meta]
@@ -84,7 +86,9 @@ def _read_archive(path, need):
         with tarfile.open(path) as tar:
             for member in tar:
                 name = Path(member.name).name
-                if member.isfile() and name in need: res[name] = tar.extractfile(member).read()
+                if not member.isfile() or name not in need: continue
+                if member.size > _LARGEST: raise tarfile.TarError(f'{name} in it has {member.size} bytes')
+                res[name] = tar.extractfile(member).read()
     except (OSError, EOFError, tarfile.TarError) as e:
         raise ValueError(f'{path} is not a whole archive: {e}. Fetch it again.') from e
     return res

@@ -6,7 +6,8 @@
 __all__ = ['SOURCES', 'read_tiny', 'read_digits', 'DataSource', 'get_dls']
 
 # %% ../../nbs/data/sources.ipynb #15814f14
-import functools, itertools, os, warnings
+import functools, itertools, math, os, statistics, warnings
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from ..core import check_number, lookup
 from .cifar import cifar_layout, read_cifar
 from .folders import images_in, read_folder
 from .parts import pick_balanced, split_rows
-from .pixels import Images, PixelDataLoaders, as_rgb, decode_cached, decode_images, pixel_dls
+from .pixels import Images, PixelDataLoaders, decode_cached, decode_images, image_size, pixel_dls
 
 # %% ../../nbs/data/sources.ipynb #d55b8905
 def read_tiny(
@@ -104,7 +105,9 @@ def _find_source(name, path=None):
 
 def _locate(name, source, path):
     "The folder of a named data set: the local copy, or else fastai's download, which happens once"
-    if source.url is None: return None
+    if source.url is None:
+        if path is None: return None
+        raise ValueError(f'path={str(path)!r}: {name} comes with scikit-learn and needs no local copy: leave it out')
     if path is None: return _download(name, source)
     path = Path(os.path.expanduser(path))
     if not path.exists(): raise FileNotFoundError(f'There is no {path}. For {name} it has to hold {source.layout}.')
@@ -137,6 +140,14 @@ def _check_classes(part, names, vocab, path):
 
 # %% ../../nbs/data/sources.ipynb #01df1c06
 _SMALL_SIDE = 64 # Images up to this side are decoded once and kept
+_LOOKED_AT = 500 # Files whose size is looked at
+
+def _usual_size(items) -> tuple: # height, width
+    "The commonest size of the images that are small, if half of them are; else one that is large"
+    if not isinstance(items, list): return items.shape[1:3]
+    sizes = [image_size(f) for f in items[::math.ceil(len(items)/_LOOKED_AT)]]
+    usual = statistics.median_low(map(max, sizes))
+    return Counter(s for s in sizes if (max(s) <= _SMALL_SIDE) == (usual <= _SMALL_SIDE)).most_common(1)[0][0]
 
 def _labels_and_rows(parts):
     "The class names of all `parts`, one after the other, and which rows belong to which part"
@@ -147,14 +158,13 @@ def _labels_and_rows(parts):
     return labels, rows
 
 def _load_images(parts, vocab, img_size, resample, cache):
-    "All `parts`, one after the other, decoded if they are small; without `img_size` in the first image's size"
+    "All `parts`, one after the other, decoded if they are small; without `img_size` in the size that most have"
     index = {c: i for i,c in enumerate(vocab)}
     y = [index[c] for c in _labels_and_rows(parts)[0]]
     items = [items for items,_ in parts.values()]
     are_files = isinstance(items[0], list)
     items = list(itertools.chain(*items)) if are_files else np.concatenate(items)
-    first = as_rgb(items[0])
-    size = (first.height, first.width) if img_size is None else (img_size, img_size)
+    size = _usual_size(items) if img_size is None else (img_size, img_size)
     if max(size) <= _SMALL_SIDE:
         decode = decode_cached if cache and are_files else decode_images
         x = decode(items, size, resample=int(resample), strict=img_size is None)

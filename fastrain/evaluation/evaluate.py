@@ -7,6 +7,8 @@ __all__ = ['parse_figures', 'evaluate', 'saved_images', 'rescore']
 
 # %% ../../nbs/evaluation/evaluate.ipynb #cac3a4dd
 import copy
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,12 +18,13 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model
 from torch import nn
 
-from ..attacks.checks import sanity_checks
+from ..attacks.checks import Finding, sanity_checks
 from ..attacks.named import own_attack, parse_attack, parse_attacks, split_names, split_sizes
 from ..core import eval_mode, fork_rng, load_tensors, lookup, parse_eps
+from .earlier import Earlier, joined, save_beside
 from .measure import Batches, Job, Store, full_precision, measure, model_place, n_batches
-from .record import Evaluation, read_evaluation, summarise
-from .scores import Evidence, Measure
+from .record import Evaluation, read_evaluation, read_evaluations, subset_name, summarise
+from .scores import Evidence, Measure, wilson
 
 # %% ../../nbs/evaluation/evaluate.ipynb #0b9b98b0
 def parse_figures(
@@ -65,7 +68,7 @@ def evaluate(
     alpha:float=None, # Step size of PGD and C&W by name; None: see `parse_attack`
     norm:str='linf', # 'linf' or 'l2', for attacks by name
     standard:nn.Module=None, # Standard model M, to measure L_TP against and to transfer images from
-    l_tp_attack:str=None, # Attack whose images measures are taken on; None: pgd20, or else the last
+    l_tp_attack=None, # Attack whose images measures are taken on, or an ε: PGD-20 of the size nearest to it; None: pgd20, or else the last
     bs:int=None, # Batch size of L_TP, that of training; None: that of `dl`
     support=None, # Training images for the topology scores; None: those of `dl`, if it is `DataLoaders`
     n_support:int=None, # Use so many of them, equally many of each class
@@ -87,18 +90,20 @@ def evaluate(
     batches = Batches(dl, n)
     support = _support(dl, support, n_support, ks) if _needs(measures, 'support') else None
     store = Store(out and Path(out)/'parts')
+    earlier = Earlier(out, batches.name, seed, model, store)
     sample = _Sample(n_batches(batches))
     jobs = _jobs(model, standard, attacks, measures, on, images)
-    results = measure(batches, jobs, store, seed, progress, sample)
+    results = earlier.take(measure(batches, [*earlier.jobs, *jobs], store, seed, progress, sample))
     columns = dict(zip(attacks, results))
     of_standard = None if standard is None else results[-1]
     if support: support = _support_columns(model, support, on, attacks[on].attack, store, seed, progress)
-    evidence = Evidence(columns, on, of_standard, support, bs or batches.bs or sample.bs, ks)
-    figures = {m.key: m.measure(evidence) for m in measures}
-    if checks: notes += _findings(model, standard, sample, attacks, norm)
+    measured = partial(_measured, measures, of_standard, support, bs or batches.bs or sample.bs, ks)
+    figures,topology = measured(columns, on)
+    if checks: notes += _findings(model, standard, sample, attacks, norm, columns, dl)
     settings = dict(subset=batches.name, precision=_place(model)[1], seed=seed, l_tp_attack=on, device=_place(model)[0])
-    ev = summarise(columns, attacks, settings, figures, evidence.topology, notes, batches.rows)
-    if out: ev.save(out)
+    ev = summarise(columns, attacks, settings, figures, topology, notes, batches.rows)
+    of_all = on if support else _measured_on(earlier.attacks | attacks, l_tp_attack)
+    if out: save_beside(joined(ev, earlier, of_all, measured, notes), out)
     return ev
 
 # %% ../../nbs/evaluation/evaluate.ipynb #35b21d49
@@ -141,9 +146,15 @@ def _with_standard(measures, standard):
     asked = {m.key for m in measures}
     return [m() for m in Measure.registry.values() if m.key in asked or 'standard' in m.needs]
 
-def _measured_on(attacks, name):
+def _measured(measures, of_standard, support, bs, ks, columns, on): # figures, topology
+    evidence = Evidence(columns, on, of_standard, support, bs, ks)
+    return {m.key: m.measure(evidence) for m in measures},evidence.topology
+
+def _measured_on(attacks, wanted):
     "The attack whose images measures are taken on"
-    if name: return lookup(name, list(attacks), 'attack')
+    if isinstance(wanted, str): return lookup(wanted, list(attacks), 'attack')
+    sizes = {k: abs(a.eps - wanted) for k,a in attacks.items() if a.base == 'pgd20'} if wanted else {}
+    if sizes: return min(sizes, key=sizes.get)
     for a in attacks.values():
         if a.base == 'pgd20' or (a.kind, a.steps) == ('pgd', 20): return a.name
     return list(attacks)[-1]
@@ -182,39 +193,103 @@ class _Sample:
 
     def get(self): return torch.cat(self.x),torch.cat(self.y)
 
-def _findings(model, standard, sample, attacks, norm):
+def _findings(model, standard, sample, attacks, norm, columns, dl):
     "What looks wrong, as notes"
+    x,y = sample.get()
     sized = [a for a in attacks.values() if a.eps is not None]
     if sized: norm = sized[0].norm
     eps = max((a.eps for a in sized if a.norm == norm), default=8/255)
     source = standard if standard is not model else None
-    return [str(f) for f in sanity_checks(model, *sample.get(), eps, norm, source)]
+    found = sanity_checks(model, x, y, eps, norm, source)
+    if 'natural' in columns: found += _guesses(columns['natural'], _n_outputs(model, x))
+    return [str(f) for f in [*found, *_shared_images(dl)]]
+
+@torch.no_grad()
+def _n_outputs(model, x):
+    with eval_mode(model): return model(x[:2]).shape[1]
+
+def _guesses(natural, n_classes):
+    "Is the model no better than a guess?"
+    pred,y = natural['pred'],natural['y']
+    hits,n = int((pred == y).sum()),len(y)
+    low,high = wilson(hits, n)
+    if len(pred.unique()) == 1 < len(y.unique()):
+        yield Finding('one class', f'all {n} images are taken for class {pred[0]}, which {hits} of them are. {_IS_IT}')
+    elif low <= 1/n_classes:
+        yield Finding('at chance', f'{hits} of {n} natural images are right (95 % interval {100*low:.1f} to {100*high:.1f} %), '
+                                   f'and guessing among {n_classes} classes gets {100/n_classes:.3g} %. {_IS_IT}')
+
+_IS_IT = 'Is the model trained, are its weights loaded, and are images and the order of classes those of its training?'
+
+# %% ../../nbs/evaluation/evaluate.ipynb #6dc61f4b
+def _shared_images(dl):
+    "Test images that are in the training set, too"
+    if not isinstance(dl, DataLoaders): return
+    train,test = dl.train,getattr(dl, 'final', None) or dl.valid
+    if any(getattr(o, 'rows', None) is None for o in (train, test)): return # not from this package
+    of = _pixels if train.images.x is not None else _files
+    known,asked = map(Counter, of(train, test))
+    shared = sum(n for image,n in asked.items() if image in known)
+    if shared > max(1, .002*len(test.rows)):
+        yield Finding('shared images', f'{shared} of {len(test.rows)} test images are in the training set, too, byte for byte: '
+                                       'what was learnt by heart counts as right. Take them out of one of both')
+
+def _pixels(*dls) -> list: # A list for each
+    rows = [dl.images.x[dl.rows.to(dl.images.x.device)].cpu().numpy() for dl in dls]
+    return [[hash(pixels.tobytes()) for pixels in of_dl] for of_dl in rows]
+
+def _files(*dls) -> list:
+    "Only files of sizes that all sets have, and nothing if they are too many to be read"
+    files = [[Path(dl.images.files[i]) for i in dl.rows.tolist()] for dl in dls]
+    sizes = [[f.stat().st_size for f in fs] for fs in files]
+    common = set.intersection(*map(set, sizes))
+    alike = [[f for f,size in zip(fs, of) if size in common] for fs,of in zip(files, sizes)]
+    if sum(map(len, alike)) > _MOST_FILES: return [[] for _ in dls]
+    return [[hash(f.read_bytes()) for f in fs] for fs in alike]
+
+_MOST_FILES = 5000
 
 # %% ../../nbs/evaluation/evaluate.ipynb #f3c8eb86
 def saved_images(
     out, # Folder of an evaluation that was made with `images=True`
-    attack:str # Name of the attack
+    attack:str, # Name of the attack
+    subset:str=None # Name of the images, if there are several evaluations in the folder; None: the first that kept them
 ): # Batches (adversarial images, labels)
     "The adversarial images of an evaluation, batch by batch"
-    folder = Path(out)
-    for f in lookup(attack, read_evaluation(folder)['files'], 'attack'):
-        part = load_tensors(folder/'parts'/f)
-        if 'x_adv' not in part:
-            raise ValueError(f'{out} has no images of {attack!r}: evaluate with images=True (--images)')
+    records = read_evaluations(out) if subset is None else [read_evaluation(out, subset)]
+    records = [r for r in records if attack in r['files']] or records[:1]
+    files = [lookup(attack, r['files'], 'attack') for r in records]
+    parts = next((p for p in map(partial(_parts_with_images, out), files) if p), None)
+    if not parts: raise ValueError(f'{out} has no images of {attack!r}: evaluate with images=True (--images)')
+    for f in parts:
+        part = load_tensors(f)
         yield part['x_adv'],part['y']
+
+def _parts_with_images(out, files) -> list:
+    "The files of an attack, if the first of them has images"
+    parts = [Path(out)/'parts'/f for f in files]
+    return parts if 'x_adv' in load_tensors(parts[0]) else []
 
 def rescore(
     model, # The model that was evaluated, or any other
     out # Folder of an evaluation that was made with `images=True`
 ) -> pd.DataFrame: # A row per attack: accuracy in the table, and of the saved images
     "Accuracy on saved adversarial images"
+    rows = rescored_rows(model, out)
+    if not rows: raise ValueError(f'{out} has no adversarial images: evaluate with images=True (--images)')
+    return pd.DataFrame(rows).set_index('attack')
+
+# %% ../../nbs/evaluation/evaluate.ipynb #606357d5
+def rescored_rows(model, out) -> list:
+    "A row for each attack of each evaluation in a folder that kept its images"
     model,_ = _float32(_module(model))
     rows = []
-    for r in read_evaluation(out)['rows']:
-        if r['kind'] != 'attack': continue
-        rescored = _accuracy(model, saved_images(out, r['name']))
-        rows.append(dict(attack=r['name'], table=r['accuracy'], rescored=rescored))
-    return pd.DataFrame(rows).set_index('attack')
+    for record in read_evaluations(out):
+        for r in record['rows']:
+            if r['kind'] != 'attack' or not _parts_with_images(out, record['files'][r['name']]): continue
+            rescored = _accuracy(model, saved_images(out, r['name'], subset_name(record)))
+            rows.append(dict(attack=r['name'], n=r['n'], table=r['accuracy'], rescored=rescored))
+    return rows
 
 @torch.no_grad()
 def _accuracy(model, batches):

@@ -6,7 +6,8 @@
 __all__ = ['Batches', 'Job', 'Store', 'full_precision', 'batch_seed', 'model_place', 'n_batches']
 
 # %% ../../nbs/evaluation/measure.ipynb #516fda20
-import contextlib, hashlib, itertools, re, time, zlib
+import contextlib, hashlib, itertools, time, zlib
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +17,13 @@ from fastai.data.load import DataLoader
 from fastcore.basics import patch
 from fastprogress import fastprogress
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..attacks.checks import check_ball, check_logits, check_not_probabilities, has_gradient
+from ..attacks.named import known_settings
 from ..attacks.pgd import check_images, check_labels, logit_margin
-from ..attacks.worst import attack_cost, run_attack
-from ..core import check_number, eval_mode, fork_rng, load_tensors, save_tensors
+from ..attacks.worst import Trace, attack_cost, run_attack
+from ..core import check_number, eval_mode, fork_rng, load_tensors, save_tensors, upcast
 from ..models.features import FeatureCapture
 
 # %% ../../nbs/evaluation/measure.ipynb #a677360b
@@ -95,6 +98,7 @@ class Job(NamedTuple):
     attack:object # Of `named_attack`, or any `(model, x, y) → images`; None for natural images
     features:bool=False # Keep penultimate features? None: if the model has any
     images:bool=False # Keep adversarial images?
+    earlier:tuple=None # Files of its parts, if it is only to be read from them; `attack` is then not run
 
 # %% ../../nbs/evaluation/measure.ipynb #a99d52af
 def _weights_hash(model:nn.Module) -> str:
@@ -117,6 +121,7 @@ def _pixels_hash(x:Tensor, y:Tensor) -> str:
     of_images = zlib.crc32(x.detach().cpu().contiguous().numpy())
     return f'{zlib.crc32(y.cpu().numpy(), of_images):08x}'
 
+# %% ../../nbs/evaluation/measure.ipynb #cc40e0e0
 class Store:
     "Where the batches of a measurement are kept: a folder, or nowhere"
     def __init__(self, folder=None):
@@ -124,31 +129,96 @@ class Store:
         self._hashes = {}
         if folder: self.folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, job:Job, seed:int, i:int, pixels:str) -> Path: # None if nothing is kept
-        "The file of a job's batch number `i`"
+    def path(self, job:Job, seed:int, batch) -> Path: # None if nothing is kept
+        "The file of a job's part of a batch"
         if not self.folder: return None
-        settings = hashlib.sha1(f'{job.attack!r} {seed}'.encode()).hexdigest()[:8]
+        settings = hashlib.sha1(f'{known_settings(job.attack) or job.attack!r} {seed}'.encode()).hexdigest()[:8]
         name = job.name.replace('/', '_')
-        return self.folder/f'{self._weights(job.model)}-{name}-{settings}'/f'{i:05d}-{pixels}.pt'
+        return self.folder/f'{self.weights(job.model)}-{name}-{settings}'/batch.file
 
-    def _weights(self, model):
+    def weights(self, model) -> str:
+        "The name of a model's weights"
         if id(model) not in self._hashes: self._hashes[id(model)] = _weights_hash(model)
         return self._hashes[id(model)]
 
     def get(self, path, job):
-        "What is there already, and whole; never of an attack that is known by no more than its place in memory"
-        if path is None or not path.exists() or re.search(r'<lambda>| at 0x', repr(job.attack)): return None
-        try: part = load_tensors(path)
-        except ValueError: return None # cut off: measured again
-        if job.features and 'features' not in part or job.images and 'x_adv' not in part: return None
-        return part
+        "What is there already, and whole; never of an attack whose settings cannot be known"
+        if path is None or not path.exists(): return None
+        if job.earlier is None and known_settings(job.attack) is None: return None
+        part = _read_part(path)
+        lacks_features = job.features and 'features' not in part
+        lacks_images = job.images and 'x_adv' not in part
+        return None if not part or lacks_features or lacks_images else part
+
+def _read_part(path) -> dict:
+    "A part with all that is needed of it; empty if the file is cut off"
+    try: part = load_tensors(path)
+    except ValueError: return {}
+    return part if isinstance(part, dict) and _NEEDED <= part.keys() else {}
+
+_NEEDED = {'y', 'pred', 'margin', 'flags', 'seconds'}
+
+# %% ../../nbs/evaluation/measure.ipynb #8871ab68
+class _Batch:
+    "A batch, with what models answer to it before any attack, each asked once"
+    def __init__(self, i, x, y, seed):
+        self.i,self.x,self.y = i,x,y
+        self.seed = batch_seed(seed, i) # of all random numbers
+        self._natural,self._gradients = {},{} # by model
+
+    @cached_property
+    def file(self) -> str: return f'{self.i:05d}-{_pixels_hash(self.x, self.y)}.pt'
+
+    def natural(self, model): # logits, features or None, seconds
+        if id(model) not in self._natural:
+            start = time.perf_counter()
+            with fork_rng(self.seed), torch.no_grad(): logits,features = _forward(model, self.x, None)
+            logits = check_logits(logits, len(self.y))
+            self._natural[id(model)] = logits,features,time.perf_counter() - start
+        return self._natural[id(model)]
+
+    def gradient(self, model):
+        if id(model) not in self._gradients:
+            with fork_rng(self.seed): self._gradients[id(model)] = _summed_gradient(model, self.x[:8], self.y[:8])
+        return self._gradients[id(model)]
+
+    def answer(self, job) -> dict:
+        "What tells whether the model of a job is still the same"
+        logits,features,_ = self.natural(job.model)
+        answer = dict(logits=logits.cpu())
+        if job.features is not False and features is not None: answer['features'] = features[:8].float().cpu()
+        if job.attack is not None: answer['gradient'] = self.gradient(job.model)
+        return answer
+
+def _summed_gradient(model, x, y) -> Tensor: # (N,64); (0,) if there is none
+    "The gradient of the loss of each image, in 64 sums over its pixels"
+    z = x.detach().clone().requires_grad_()
+    with torch.enable_grad(): loss = F.cross_entropy(upcast(model(z)), y, reduction='sum')
+    grad = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
+    if grad is None: return torch.empty(0)
+    grad = grad.flatten(1).cpu()
+    places = torch.arange(grad.shape[1]) % 64
+    return grad.new_zeros(len(grad), 64).index_add(1, places, grad)
+
+# %% ../../nbs/evaluation/measure.ipynb #ef2d9a64
+_TOLERANCE = dict(logits=1e-4, features=1e-4, gradient=.02) # of the largest value
+
+def _same_answer(now:dict, then:dict) -> bool:
+    "Does a model answer as it did?"
+    both = now.keys() & then.keys()
+    return all(_near(now[k], then[k], _TOLERANCE[k]) for k in both)
+
+def _near(a, b, tolerance):
+    if a.shape != b.shape: return False
+    if not a.numel(): return True
+    a,b = a.double().nan_to_num(),b.double().nan_to_num()
+    return bool((a - b).abs().max() <= tolerance*b.abs().max())
 
 # %% ../../nbs/evaluation/measure.ipynb #d80a2a55
-def _run_job(job, x, y, tick):
+def _run_job(job, batch, tick):
     "What is kept of one batch; `tick(cost)` is called when a part of the work is done"
-    start = time.perf_counter()
-    trace = _attacked(job, x, y, tick)
-    with torch.no_grad(): logits,features = _forward(job.model, trace.x_adv, job.features)
+    start,x,y = time.perf_counter(),batch.x,batch.y
+    trace,logits,features = _natural(job, batch) if job.attack is None else _attacked(job, x, y, tick)
     logits = check_logits(logits, len(y), job.name)
     part = dict(y=y.cpu(), pred=logits.argmax(1).cpu(), margin=logit_margin(logits, y).cpu())
     part['flags'] = trace.flags
@@ -158,19 +228,23 @@ def _run_job(job, x, y, tick):
     part['seconds'] = time.perf_counter() - start # copies to the CPU have waited for the device
     return part
 
-def _attacked(job, x, y, tick):
+def _natural(job, batch):
+    logits,features,_ = batch.natural(job.model)
+    if job.features and features is None: _forward(job.model, batch.x, True) # the error that says why there are none
+    return Trace(batch.x),logits,None if job.features is False else features
+
+def _attacked(job, x, y, tick): # what the attack did, logits, features
     try: trace = run_attack(job.attack, job.model, x, y, tick)
     except Exception as e:
-        if has_gradient(job.model, x[:1]): raise
+        if has_gradient(job.model, x[:2]): raise
         raise ValueError(f'{job.name}: the model passes no gradient to its images (a no_grad or detach inside it), '
                          'so that attacks by gradients cannot be run; square needs none') from e
-    if job.attack is None: return trace
     training = [n for n,m in job.model.named_modules() if m.training]
     if training:
         raise RuntimeError(f'{job.name} left the model in training mode ({training[0] or "all of it"}): '
                            'its figure would be that of another model')
     check_ball(trace.x_adv, x, job.attack)
-    return trace
+    with torch.no_grad(): return trace,*_forward(job.model, trace.x_adv, job.features)
 
 def _forward(model, x, features):
     "Logits, and features if they are wanted: True for an error if there are none, None to do without"
@@ -241,31 +315,51 @@ def measure(
     seed:int=0, # Of random starts
     progress:bool=True, # Show a bar with the time left?
     watch=lambda i, x, y: None # Called with each batch
-) -> list: # For each job a dictionary of columns over the images, with 'flags', 'seconds' and 'files'
+) -> list: # For each job columns over the images, with 'flags', 'seconds' and 'files'; None where `earlier` parts do not fit
     "Run all jobs on all batches"
     store = store or Store()
     models = list({id(j.model): j.model for j in jobs}.values())
     parts = [[] for _ in jobs]
-    bar = _Bar(jobs, n_batches(batches), progress)
+    bar = _Bar([j for j in jobs if j.earlier is None], n_batches(batches), progress)
     with full_precision(), contextlib.ExitStack() as stack:
         for m in models: stack.enter_context(eval_mode(m))
         for i,(x,y) in enumerate(_checked(batches, models)):
             watch(i, x, y)
-            pixels = store.folder and _pixels_hash(x, y)
-            for job,done in zip(jobs, parts): done.append(_part(job, x, y, store, seed, i, pixels, bar))
+            batch = _Batch(i, x, y, seed)
+            for job,done in zip(jobs, parts): done.append(_part(job, batch, store, seed, bar))
     bar.close()
     if not parts[0]: raise ValueError('There are no images to evaluate on')
-    return [_join(p) for p in parts]
+    return [_join(p) if _is_whole(p, j.earlier) else None for p,j in zip(parts, jobs)]
 
-def _part(job, x, y, store, seed, i, pixels, bar):
-    "What a job leaves of a batch: from its file, or else computed and kept"
-    path = store.path(job, seed, i, pixels)
+def _part(job, batch, store, seed, bar):
+    "What a job leaves of a batch: from its file, or else computed and kept; None for an earlier one that does not fit"
+    if job.earlier is not None: return _earlier_part(job, batch, store)
+    path = store.path(job, seed, batch)
     part = store.get(path, job)
-    if part: bar.skip(job)
+    if part and 'answer' in part and _same_answer(batch.answer(job), part['answer']): bar.skip(job)
     else:
-        with fork_rng(batch_seed(seed, i)): part = _run_job(job, x, y, lambda cost: bar.tick(job, cost))
-        if path: save_tensors(path, part)
+        with fork_rng(batch.seed): part = _run_job(job, batch, lambda cost: bar.tick(job, cost))
+        if path: save_tensors(path, dict(part, answer=batch.answer(job)))
     return dict(part, file=path and str(path.relative_to(store.folder)))
+
+# %% ../../nbs/evaluation/measure.ipynb #a5a53951
+def _earlier_part(job, batch, store):
+    "A part that an earlier evaluation left; None if there is none that fits"
+    file = job.earlier[batch.i] if batch.i < len(job.earlier) else ''
+    if Path(file).name != batch.file: return None
+    part = store.get(store.folder/file, job)
+    return dict(part, file=file) if part and _holds(part, job, batch) else None
+
+def _holds(part, job, batch) -> bool:
+    "Does the model answer as it did? Older versions kept no answers, but natural margins, on which their attacks then depend"
+    if 'answer' in part: return _same_answer(batch.answer(job), part['answer'])
+    if job.attack is not None: return True
+    logits,_,_ = batch.natural(job.model)
+    return _near(logit_margin(logits, batch.y).cpu(), part['margin'], _TOLERANCE['logits'])
+
+def _is_whole(parts, files):
+    "Earlier parts are of use only if all are there"
+    return files is None or len(parts) == len(files) and all(parts)
 
 # %% ../../nbs/evaluation/measure.ipynb #921ce771
 def _checked(batches, models):
@@ -289,7 +383,7 @@ def _n_classes(model, x):
 
 def _join(parts):
     "The parts of a job, one for each batch, as columns over all images"
-    names = [k for k in ('y', 'pred', 'margin', 'stage', 'features') if k in parts[0]]
+    names = [k for k in ('y', 'pred', 'margin', 'stage', 'features') if all(k in p for p in parts)]
     columns = {k: torch.cat([p[k] for p in parts]) for k in names}
     flags = {}
     for p in parts:

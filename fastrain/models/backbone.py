@@ -8,15 +8,15 @@ __all__ = ['PixelNormalize', 'Backbone', 'create_backbone', 'backbone_splitter',
 # %% ../../nbs/models/backbone.ipynb #dff83267
 from pathlib import Path
 
-import timm, torch
+import timm, torch, warnings
 from fastai.torch_core import params
 from torch import Tensor, nn
 
 from . import preact # registers its nets with timm
-from ..core import check_number, eval_mode, lookup
+from ..core import check_number, eval_mode, lookup, shown
 from .features import find_classifier, find_classifiers, n_features
 from .loading import load_weights
-from .stems import adapt_stem, blank_forward, excess_reduction, net_reductions
+from .stems import adapt_stem, blank_forward, excess_reduction, height_and_width, net_reductions, scaled_size
 
 # %% ../../nbs/models/backbone.ipynb #3c1afbfb
 class PixelNormalize(nn.Module):
@@ -40,6 +40,7 @@ class PixelNormalize(nn.Module):
 # %% ../../nbs/models/backbone.ipynb #d0440161
 class Backbone(nn.Module):
     "A net on images in [0,1]: normalisation, if any, then the net"
+    size,_told = None,False # of the images that it was made for, (height, width); was it said that others come?
     def __init__(self,
         net:nn.Module, # From normalised images to logits
         normalize:nn.Module=None, # From images in [0,1] to what `net` expects; nothing by default
@@ -50,8 +51,10 @@ class Backbone(nn.Module):
         self.net = net
         self.settings = settings or {}
         self.stem = {} # What `adapt_stem` did
+        if 'img_size' in self.settings: self.size = height_and_width(self.settings['img_size'])
 
     def forward(self, x:Tensor) -> Tensor: # logits (N, n_classes)
+        if self.size and x.shape[-2:] != self.size: self._told = self._told or _tell_size(self, x)
         return self.net(self.normalize(x))
 
     def get_classifier(self):
@@ -61,6 +64,23 @@ class Backbone(nn.Module):
         stem = [f'{layer}: {change}' for layer,change in self.stem.items()]
         return ', '.join([repr(self.settings.get('name')), *stem])
 
+# %% ../../nbs/models/backbone.ipynb #5aab5196
+def _tell_size(model, x) -> bool:
+    "A warning if images are of a size that the first layers do not fit; True, as once is enough"
+    reductions = [o['reduction'] for o in getattr(model.net, 'feature_info', [])]
+    if not reductions: return True
+    seen = height_and_width(tuple(x.shape[-2:]))
+    made_for,needed = excess_reduction(reductions, model.size),excess_reduction(reductions, seen)
+    slower = (made_for/needed)**2
+    if needed < made_for and model.stem: what = f'too little, so that it works up to {slower:g} times longer than it need'
+    elif needed > made_for: what = 'too much, so that little of them is left'
+    else: return True
+    name,n_classes = model.settings.get('name'),model.settings.get('n_classes')
+    size = seen[0] if seen[0] == seen[1] else seen
+    warnings.warn(f'{name} was made for images of {_in_words(model.size)} pixels and is shown {_in_words(seen)}: '
+                  f'its first layers reduce them {what}. Make it for them: create_backbone({name!r}, {n_classes}, img_size={size})')
+    return True
+
 # %% ../../nbs/models/backbone.ipynb #fde6a3ec
 def create_backbone(
     name:str, # Any timm model, with or without a tag, or one of `fastrain.models.preact`
@@ -68,19 +88,19 @@ def create_backbone(
     *,
     pretrained:bool=False, # Start from timm's pretrained weights, which are downloaded
     small_images:bool=None, # Fit the first layers to small images? By default up to 64 pixels, unless pretrained
-    img_size:int=32, # Height and width of the images, in pixels
+    img_size=32, # Size of the images in pixels: a number, or (height, width)
     mean=None, # One value per channel; by default that of the pretrained weights, or no normalisation
     std=None, # One value per channel, goes with `mean`
     in_chans:int=3, # Channels of the images
     checkpoint=None, # Path of weights to load, see `load_weights`
     **kwargs # Passed on to timm
-) -> Backbone: # On images (N, in_chans, img_size, img_size) in [0,1]
+) -> Backbone: # On images (N, in_chans, height, width) in [0,1]
     "The timm model `name` on images in [0,1]"
     _check_name(name, pretrained)
     n_classes = check_number('n_classes', n_classes, at_least=2, whole=True, what='number of classes')
-    img_size = check_number('img_size', img_size, at_least=8, at_most=4096, whole=True, what='height and width in pixels')
+    img_size = _check_size(img_size)
     if (mean is None) != (std is None): raise ValueError('mean and std go together: give both or neither')
-    if small_images is None: small_images = img_size <= 64 and not pretrained
+    if small_images is None: small_images = min(height_and_width(img_size)) <= 64 and not pretrained
     if pretrained and mean is None: mean,std = _published_normalisation(name)
     settings = dict(
         name=name, n_classes=n_classes, small_images=small_images, img_size=img_size,
@@ -93,6 +113,13 @@ def create_backbone(
     return model if checkpoint is None else load_weights(model, checkpoint)
 
 # %% ../../nbs/models/backbone.ipynb #d1f00003
+def _check_size(img_size):
+    "A number of pixels for square images, else (height, width)"
+    sides = height_and_width(img_size)
+    if len(sides) != 2: raise ValueError(f'img_size={shown(img_size)}: expected a number of pixels, or (height, width)')
+    height,width = [check_number('img_size', s, at_least=8, at_most=4096, whole=True, what='height and width in pixels') for s in sides]
+    return height if height == width else (height, width)
+
 _weights_end = '.pt', '.pth', '.ckpt', '.bin', '.safetensors'
 
 def _check_name(name, pretrained=False):
@@ -129,7 +156,7 @@ def _create_net(name, pretrained, small_images, img_size, args):
 def _size_before_shrinking(name, img_size, args):
     "The image size to create a net of fixed size for, so that shrunken patches give it as many tokens"
     with torch.device('meta'): probe = timm.create_model(name, **args)
-    return round(img_size*excess_reduction(net_reductions(probe), img_size))
+    return scaled_size(img_size, excess_reduction(net_reductions(probe), img_size))
 
 # %% ../../nbs/models/backbone.ipynb #d1f00006
 def _wake_residuals(net):
@@ -152,7 +179,9 @@ def _fit_to_size(model, pretrained):
             model.stem = adapt_stem(model.net, img_size, in_chans, pretrained)
         blank_forward(model, img_size, in_chans)
     except Exception as e:
-        raise ValueError(f'{name!r} cannot take images of {img_size}x{img_size} pixels with {small_images=}: {e}') from e
+        raise ValueError(f'{name!r} cannot take images of {_in_words(img_size)} pixels with {small_images=}: {e}') from e
+
+def _in_words(img_size): return '{}x{}'.format(*height_and_width(img_size))
 
 # %% ../../nbs/models/backbone.ipynb #bfa0084d
 def backbone_splitter(model:nn.Module) -> list: # Parameters of the body, then those of the classifier
@@ -166,7 +195,7 @@ def backbone_splitter(model:nn.Module) -> list: # Parameters of the body, then t
 def describe_backbone(model:Backbone) -> dict:
     "Parameters in millions, last map (rows, columns or tokens) and width of the features"
     size,in_chans = model.settings['img_size'],model.settings['in_chans']
-    blank = next(model.parameters()).new_zeros(1, in_chans, size, size)
+    blank = next(model.parameters()).new_zeros(1, in_chans, *height_and_width(size))
     with eval_mode(model), torch.no_grad(): fmap = model.net.forward_features(blank)
     n = sum(p.numel() for p in model.parameters())
     return dict(params=round(n/1e6, 2), last_map=tuple(fmap.shape[1:]), features=n_features(model))

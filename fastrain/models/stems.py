@@ -16,21 +16,38 @@ from torch import Tensor, nn
 
 from ..core import eval_mode
 
+# %% ../../nbs/models/stems.ipynb #c18474d6
+def height_and_width(
+    img_size # A number for square images, or (height, width)
+) -> tuple:
+    "The two sides of images in pixels"
+    return tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+
+def image_size(x:Tensor):
+    "The size of images (N,C,H,W): a number for square ones, else (height, width)"
+    height,width = x.shape[-2:]
+    return height if height == width else (height, width)
+
+def scaled_size(img_size, factor:float):
+    "`factor` times larger"
+    if isinstance(img_size, (tuple, list)): return tuple(round(side*factor) for side in img_size)
+    return round(img_size*factor)
+
 # %% ../../nbs/models/stems.ipynb #4cf3ac5a
 def excess_reduction(
     reductions, # Total reduction after each stage of the net, from timm's `feature_info`
-    img_size:int # Height and width of the images, in pixels
+    img_size # Size of the images in pixels: a number, or (height, width)
 ) -> float: # 1 for a net that fits
-    "How many times more than it should a net reduces images of `img_size` pixels"
-    total = reductions[-1]
+    "How many times more than it should a net reduces images of `img_size` pixels, whose shorter side decides"
+    total,size = reductions[-1],height_and_width(img_size)
     one_resolution = len(reductions) > 2 and len(set(reductions)) == 1
-    if one_resolution and total > 1: return max(1, total/_patch_size(img_size))
-    return 2**max(0, round(math.log2(4*total/img_size)))
+    if one_resolution and total > 1: return max(1, total/_patch_size(size))
+    return 2**max(0, round(math.log2(4*total/min(size))))
 
-def _patch_size(img_size):
+def _patch_size(size):
     "The largest patch up to an eighth of the image that divides it"
-    largest = max(1, round(img_size/8))
-    return next(p for p in range(largest, 0, -1) if img_size%p == 0)
+    largest = max(1, round(min(size)/8))
+    return next(p for p in range(largest, 0, -1) if math.gcd(*size)%p == 0)
 
 def net_reductions(net:nn.Module) -> list:
     "Total reduction after each stage of a timm model"
@@ -39,7 +56,7 @@ def net_reductions(net:nn.Module) -> list:
 # %% ../../nbs/models/stems.ipynb #c5931be8
 def reduction_levels(
     net:nn.Module, # Any model of images
-    img_size:int, # Height and width of the images it is shown, in pixels
+    img_size, # Size of the images it is shown, in pixels: a number, or (height, width)
     in_chans:int=3 # Channels of the images
 ) -> list: # Of `{name: factor}`, one per resolution, in the order of the forward
     "The convolutions and pools of `net` that reduce the resolution, grouped by the resolution they reduce"
@@ -59,10 +76,10 @@ def _may_reduce(m): return isinstance(m, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d,
 
 def _stride(m): return m.stride[0] if isinstance(m.stride, tuple) else m.stride
 
-def blank_forward(net:nn.Module, img_size:int, in_chans:int=3):
+def blank_forward(net:nn.Module, img_size, in_chans:int=3):
     "One blank image through `net` in eval mode"
     p = next(net.parameters())
-    blank = torch.zeros(1, in_chans, img_size, img_size, device=p.device, dtype=p.dtype)
+    blank = torch.zeros(1, in_chans, *height_and_width(img_size), device=p.device, dtype=p.dtype)
     with eval_mode(net), torch.no_grad(): return net(blank)
 
 # %% ../../nbs/models/stems.ipynb #a524ced3
@@ -104,7 +121,7 @@ def _remove(net, name):
 # %% ../../nbs/models/stems.ipynb #fdaadd86
 def adapt_stem(
     net:nn.Module, # A timm model, changed in place
-    img_size:int, # Height and width of the images, in pixels
+    img_size, # Size of the images in pixels: a number, or (height, width)
     in_chans:int=3, # Channels of the images
     pretrained:bool=False # Keep what the first convolutions have learned, averaged over larger pixels?
 ) -> dict: # What was done, by layer name; empty if nothing was
@@ -114,7 +131,7 @@ def adapt_stem(
     first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
     if _stride(first) == 1: return _fit_head(net, img_size, pretrained)
     done = {}
-    for level in reduction_levels(net, round(img_size*excess), in_chans):
+    for level in reduction_levels(net, scaled_size(img_size, excess), in_chans):
         if excess <= 1: break
         factor = max(level.values())
         stride = max(1, round(factor/excess))
@@ -137,7 +154,7 @@ def _tell_size(net, img_size):
 def _fit_head(net, img_size, pretrained):
     "A convolution that is wider than the last map shrinks to it"
     done = {}
-    last = max(1, img_size//net_reductions(net)[-1])
+    last = max(1, min(height_and_width(img_size))//net_reductions(net)[-1])
     for name,m in net.named_modules():
         width = getattr(m, 'input_kernel_size', 0)
         if width <= last: continue

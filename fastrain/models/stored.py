@@ -21,6 +21,6 @@ def stored_backbone(
     if not isinstance(settings, Mapping) or not isinstance(settings.get('name'), str):
         raise ValueError(f'{file} does not say which backbone it is of')
     away = [k for k in settings if str(k).startswith(_leads_away)]
-    if away: raise ValueError(f'{file} asks for other weights than its own ({", ".join(away)}), which are never fetched. Do not trust this file')
+    if away: raise ValueError(f'{file} asks for other weights than its own ({", ".join(away)}), which are never fetched: do not trust it')
     try: return create_backbone(**settings)
     except (TypeError, ValueError, OSError, RuntimeError) as e: raise ValueError(f'{file}: its backbone cannot be made: {e}') from e

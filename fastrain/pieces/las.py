@@ -19,6 +19,7 @@ from torch.distributions import Categorical
 from ..attacks.pgd import PGD, Plan
 from ..core import check_number, eval_mode, fork_rng, lookup, peek_batch, upcast
 from ..models.backbone import create_backbone, load_weights
+from ..models.stems import image_size
 from .base import Step, Views
 from .losses import AT
 from .strategies import Strategy
@@ -87,6 +88,7 @@ def _check_network(net):
 class LAS(Strategy):
     "Learnable attack strategy: a network draws ε, step size and number of steps for each image, and learns from the model that they make"
     key,paper,robust = 'las','Jia et al., CVPR 2022','at:confidence=.7'
+    by_length = True # the learning rate of its network
     def __init__(self,
         variant:str=None, # 'at', 'trades' or 'awp'; None: 'trades' with TRADES, else 'at'
         net='resnet18', # Strategy network: a backbone's name, or an `nn.Module` with an output for each choice
@@ -141,7 +143,7 @@ def _build(self:LAS, x):
     n_choices = sum(map(len, self._choices.values()))
     net = self.net
     if isinstance(net, str):
-        with fork_rng(): net = create_backbone(net, n_choices, img_size=x.shape[-1], in_chans=x.shape[1])
+        with fork_rng(): net = create_backbone(net, n_choices, img_size=image_size(x), in_chans=x.shape[1])
     with eval_mode(net.to(x)), torch.no_grad(): got = tuple(net(x).shape[1:])
     if got != (n_choices,):
         each = ', '.join(f'{len(c)} for {n}' for n,c in self._choices.items())

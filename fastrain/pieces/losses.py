@@ -22,6 +22,7 @@ class RobustLoss(Piece, Registered):
     needs = ('adv',) # The views that are read
     objective,start = 'ce','uniform' # The adversary of the paper, see `fastrain.attacks.pgd`
     replaceable = () # The terms whose place LBGAT's regression on the standard model's logits takes
+    uses_ce = False # Is it built on `v.ce`, so that it trains what the learner's loss function says? If not, that only validates
     def plan(self, model, v:Views, attack): "A `Plan` for the adversary's next batch, or None for the plain attack"
     def __call__(self, v:Views) -> dict: ...
 
@@ -39,13 +40,18 @@ def soft_targets(
 class AT(RobustLoss):
     "Vanilla adversarial training, CE(M'(x'), y)"
     key,paper,confidence = 'at','Madry et al., ICLR 2018, Eq. 2.1',1.
+    uses_ce = True
     def __init__(self,
         confidence:float=1. # Probability of the true class in the target; below 1, labels are smoothed (LAS-AT: 0.7; 0.6 for 100 classes)
     ): self.confidence = check_number('confidence', confidence, above=0, at_most=1, what='probability')
+    def setup(self, training):
+        if self.confidence < 1 and training.ce.label_smoothing:
+            raise ValueError(f'{self} smooths labels, and so does the loss function (label_smoothing={training.ce.label_smoothing:g}): '
+                             'leave one of them out')
     def __call__(self, v):
         logits = v.adv.logits
-        target = v.y if self.confidence == 1 else soft_targets(v.y, logits.shape[1], self.confidence, logits.dtype)
-        return dict(ce=F.cross_entropy(logits, target))
+        target = None if self.confidence == 1 else soft_targets(v.y, logits.shape[1], self.confidence, logits.dtype)
+        return dict(ce=v.ce(logits, v.y, target))
 
 # %% ../../nbs/pieces/losses.ipynb #4248c20d
 def kl_div(p_logits:Tensor, q_logits:Tensor) -> Tensor:
@@ -55,6 +61,7 @@ def kl_div(p_logits:Tensor, q_logits:Tensor) -> Tensor:
 class TRADES(RobustLoss):
     "Natural cross-entropy plus `beta` times KL(natural ‖ adversarial)"
     key,paper = 'trades','Zhang et al., ICML 2019, Eq. 5 (β = 1/λ there)'
+    uses_ce = True
     needs,replaceable = ('nat', 'adv'),('ce',)
     objective,start = 'kl','gaussian'
     def __init__(self,
@@ -63,24 +70,26 @@ class TRADES(RobustLoss):
     def __call__(self, v):
         beta = v.notes.get('beta', self.beta) # LAS chooses one for each image
         kl = kl_div(v.nat.logits, v.adv.logits)
-        return dict(ce=F.cross_entropy(v.nat.logits, v.y), kl=(beta*kl).mean())
+        return dict(ce=v.ce(v.nat.logits, v.y), kl=(beta*kl).mean())
 
 # %% ../../nbs/pieces/losses.ipynb #2b19e21e
 class ALP(RobustLoss):
     "Half natural, half adversarial cross-entropy, plus `weight` times the squared distance of the two logits"
     key,paper = 'alp','Kannan et al., 2018, arXiv 1803.06373'
+    uses_ce = True
     needs,replaceable,start = ('nat', 'adv'),('ce',),'gaussian'
     def __init__(self,
         weight:float=1. # Of the pairing. 1 as in LBGAT's baseline, which TRAIN quotes; the original's ImageNet models have 0.25 and 0.5
     ): self.weight = check_number('weight', weight, at_least=0)
     def __call__(self, v):
-        ce = F.cross_entropy(v.nat.logits, v.y)/2 + F.cross_entropy(v.adv.logits, v.y)/2
+        ce = v.ce(v.nat.logits, v.y)/2 + v.ce(v.adv.logits, v.y)/2
         return dict(ce=ce, pair=self.weight*F.mse_loss(v.nat.logits, v.adv.logits))
 
 # %% ../../nbs/pieces/losses.ipynb #5a970f6b
 class MART(RobustLoss):
     "Boosted cross-entropy on adversarial images plus `beta` times a KL that weighs misclassified images more"
     key,paper = 'mart','Wang et al., ICLR 2020'
+    uses_ce = True
     needs,start = ('nat', 'adv'),'gaussian'
     def __init__(self,
         beta:float=6. # Weight of the KL term; the published code has 6 for WRN-34-10 and 5 for ResNet-18
@@ -90,7 +99,7 @@ class MART(RobustLoss):
         log_p = F.log_softmax(v.nat.logits, dim=1)
         p,q = log_p.exp(),F.softmax(v.adv.logits, dim=1)
         rival = q.scatter(1, y, -1).amax(1) # the most probable wrong class
-        bce = F.cross_entropy(v.adv.logits, v.y) - (1.0001 - rival + 1e-12).log().mean()
+        bce = v.ce(v.adv.logits, v.y) - v.ce.mean((1.0001 - rival + 1e-12).log(), v.y)
         kl = (p*(log_p - (q + 1e-12).log())).sum(1)
         return dict(bce=bce, kl=self.beta*(kl*(1.0000001 - p.gather(1, y)[:,0])).mean())
 
@@ -104,6 +113,7 @@ _gairat_shapes = dict(tanh=_tanh, sigmoid=_sigmoid, linear=_linear)
 class GAIRAT(RobustLoss):
     "AT with larger weights for the images that withstand fewer steps of the attack"
     key,paper = 'gairat','Zhang et al., ICLR 2021 (geometry-aware instance-reweighted AT)'
+    uses_ce = True
     def __init__(self,
         begin:float=59, # Full epochs of plain AT before the weights set in
         of:int=120, # Length of the training that `begin` counts in; None: epochs of this one
@@ -131,9 +141,9 @@ class GAIRAT(RobustLoss):
 
     def __call__(self, v):
         logits = v.adv.logits
-        if 'kappa' not in v.notes: return dict(ce=F.cross_entropy(logits, v.y))
+        if 'kappa' not in v.notes: return dict(ce=v.ce(logits, v.y))
         weights = self.weights(v.notes['kappa'].to(logits), v.notes['steps'].to(logits))
-        return dict(ce=(weights*F.cross_entropy(logits, v.y, reduction='none')).mean())
+        return dict(ce=(weights*v.ce.each(logits, v.y)).mean())
 
 # %% ../../nbs/pieces/losses.ipynb #c0138c2f
 def supcon_loss(
@@ -156,6 +166,7 @@ def supcon_loss(
 class MCA(RobustLoss):
     "AT plus `weight` times a supervised contrastive loss over natural and adversarial features"
     key,paper = 'mca','Yang et al., ICDM 2021 (massive contrastive adversaries)'
+    uses_ce = True
     approximate = ('the contrastive loss, its temperature, weight and number of negatives: of the paper only the abstract could be read, '
                    'and there is no public code')
     needs = ('nat', 'adv', 'features')
@@ -177,7 +188,7 @@ class MCA(RobustLoss):
         past = self._past and tuple(t.to(y.device) for t in self._past)
         if self.queue: self._last,self._y = (features.detach(), y),v.y
         contrast = supcon_loss(features, y, self.temperature, past)
-        return dict(ce=F.cross_entropy(v.adv.logits, v.y), contrast=self.weight*contrast)
+        return dict(ce=v.ce(v.adv.logits, v.y), contrast=self.weight*contrast)
 
     def _enqueue(self):
         "Take in the last batch"
@@ -197,5 +208,6 @@ class MCA(RobustLoss):
 class Natural(RobustLoss):
     "Standard training, CE(M'(x), y): accurate and not robust"
     key,paper = 'standard','the reference'
+    uses_ce = True
     needs = ('nat',)
-    def __call__(self, v): return dict(ce=F.cross_entropy(v.nat.logits, v.y))
+    def __call__(self, v): return dict(ce=v.ce(v.nat.logits, v.y))

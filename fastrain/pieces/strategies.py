@@ -30,8 +30,9 @@ class Strategy(Piece, Registered):
 # %% ../../nbs/pieces/strategies.ipynb #e8754d29
 def _check_breaks(breaks):
     "An error unless they are numbers of epochs"
-    if not isinstance(breaks, (tuple, list)): raise ValueError(f'breaks={shown(breaks)}: expected full epochs ≥ 0 such as (50,90)')
-    for b in breaks: check_number('breaks', b, at_least=0, what='number of full epochs in each place')
+    listed = isinstance(breaks, (tuple, list))
+    if listed and all(isinstance(b, (int, float)) and b >= 0 for b in breaks): return
+    raise ValueError(f'breaks={shown(breaks)}: expected full epochs ≥ 0 such as (50,90)')
 
 class FAT(Strategy):
     "Friendly adversarial training: an image stops when it is found misclassified for the (τ+1)-th time"
@@ -57,6 +58,8 @@ class FAT(Strategy):
         self._noise = noise if self.noise is None else self.noise
 
     def setup(self, training): self._use(training.robust.key)
+    @property
+    def by_length(self): return self.breaks is None or self.of is not None
 
     def tau(self, v:Views) -> int:
         "τ, the steps that a misclassified image still takes"
@@ -96,6 +99,9 @@ class SAT(Strategy):
         if not self.last > self.first: raise ValueError(f'last={self.last!r}: expected more than first={self.first}')
         if of is not None: check_number('of', of, above=0, what='number of epochs')
         self.of,self.shape = of,shape
+
+    @property
+    def by_length(self): return self.of is not None
 
     def threshold(self, v:Views) -> float:
         "The softmax gap that images may reach, constant within an epoch"

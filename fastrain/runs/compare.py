@@ -6,7 +6,8 @@
 __all__ = ['compare_runs']
 
 # %% ../../nbs/runs/compare.ipynb #9ad472d1
-import json
+import itertools, json, re
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
@@ -20,29 +21,141 @@ from .report import pictures_text, save_page, sections
 from .run import Run, method_in
 
 # %% ../../nbs/runs/compare.ipynb #dc454ead
-def _experiments(runs) -> list: # One label per run
-    "Runs that differ in nothing but the seed are one experiment, with the name of its first run"
-    first = {}
-    return [first.setdefault(_all_but_seed(run), run.out.name) for run in runs]
+@dataclass
+class _Measured:
+    "The record of a method in a run"
+    run:Run
+    name:str # Of the run, as no other has it
+    label:str # Of the experiment: the name of its first run
+    result:dict # As in `results.json`
+    @property
+    def method(self): return self.result['method']
+    @property
+    def record(self): return self.result['last']
+
+def _measured(runs) -> list:
+    "What was evaluated last, after the last epoch"
+    labels,found = {},[]
+    for run,name in zip(runs, _names_of(runs)):
+        label = labels.setdefault(_all_but_seed(run), name)
+        found += [_Measured(run, name, label, r) for r in run.evaluated if 'last' in r]
+    return found
+
+def _names_of(runs) -> list:
+    "The names of their folders, with the way there if two are called the same"
+    names = [run.out.name for run in runs]
+    return names if len({*names}) == len(names) else [str(run.out) for run in runs]
 
 def _all_but_seed(run):
-    settings = run.recipe.settings()
-    del settings['seed']
+    "Two runs are of one experiment if this is the same; where a copy of the data lies does not matter"
+    settings = {k: v for k,v in run.recipe.settings().items() if k not in ('seed', 'path')}
     return json.dumps(settings, sort_keys=True)
 
-def _figures(runs) -> pd.DataFrame: # 'run', 'seed', 'method', accuracies in %, measures
-    "A row per run and method: what was evaluated last, after the last epoch"
-    labels,rows = _experiments(runs),[]
-    for run,label in zip(runs, labels):
-        for r in run.evaluated:
-            method = r['method'] if len(set(labels)) == 1 else f'{label}: {r["method"]}'
-            about = dict(run=str(run.out), seed=run.recipe.seed, method=method)
-            rows.append(about | _row(r))
+# %% ../../nbs/runs/compare.ipynb #c10c5002
+_words = dict(eps='ε', alpha='step', steps='steps', norm='norm', settings='attack')
+
+def _ways(m:_Measured) -> dict: # `{title: {word: value}}`
+    "How each figure of a method was measured"
+    rows = [row for row in m.record['rows'] if row['kind'] != 'stage']
+    ways = {row['title']: _way(row) for row in rows}
+    for row in rows:
+        if row['kind'] == 'worst case': ways[row['title']] = _way_of_all(_parts(row, rows))
+    on = [_told(row) for row in rows if row['name'] == m.result.get('l_tp_attack')]
+    ways[Measure.of('l_tp').title] = {'attack': next(iter(on), None), 'standard model': m.result.get('anchor')}
+    return ways
+
+def _way(row) -> dict:
+    way = {word: row.get(k) for k,word in _words.items()}
+    if way['attack']: way['attack'] = re.sub(r',? ?seed=-?\d+', '', way['attack'])
+    return way
+
+def _way_of_all(rows) -> dict:
+    sizes = sorted({row['eps'] for row in rows if row.get('eps')})
+    return {'of': ', '.join(row['title'] for row in rows), 'ε': ', '.join(map(_value, sizes)) or None}
+
+def _parts(row, rows):
+    names = row['name'].split('+')
+    return [r for r in rows if r['kind'] == 'attack' and (r['name'] in names or '+' not in row['name'])]
+
+def _told(row): return f'{row["title"]} (ε = {row["eps"]:.4g})' if row.get('eps') else row['title']
+
+def _unlike(a:dict, b:dict) -> dict: # `{word: (value, value)}`
+    "What two ways of measuring say differently"
+    return {k: (a[k], b[k]) for k in a if k in b and None not in (a[k], b[k]) and a[k] != b[k]}
+
+def _short(differ:dict) -> str:
+    "Differences in a few words; the attack as a whole only if nothing else tells"
+    known = {k: v for k,v in differ.items() if k != 'attack'} or differ
+    return ', '.join(f'{k} {_value(a)} and {_value(b)}' for k,(a,b) in known.items())
+
+def _value(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
+
+# %% ../../nbs/runs/compare.ipynb #c10c5003
+def _check_repetitions(measured):
+    "Errors for runs that are no repetitions of each other: of the same seed, on other images, under other attacks"
+    seeds,first,images = {},{},{}
+    for m in measured:
+        twin = seeds.setdefault((m.label, m.method, m.run.recipe.seed), m)
+        if twin is not m:
+            raise ValueError(f'{twin.name} and {m.name} have the same settings and the same seed, {m.run.recipe.seed}, so that {m.method} '
+                             'would count twice: leave one of them out, or train it again with another --seed')
+        data = m.run.recipe.data,m.run.recipe.n_test
+        _check_images(images.setdefault(data, m), m)
+        _check_attacks(first.setdefault((m.label, m.method), m), m)
+
+def _check_images(a, b):
+    if _images_of(a) == _images_of(b): return
+    raise ValueError(f'{a.method} of {a.name} was evaluated on {_images_of(a)}, {b.method} of {b.name} on {_images_of(b)}: '
+                     'evaluate both on the same, with the same --n')
+
+def _images_of(m): return f'{m.record["n"]} test images ({m.record["settings"].get("subset", "all")})'
+
+def _check_attacks(a, b):
+    here,there = _ways(a),_ways(b)
+    for title in here:
+        if differ := _unlike(here[title], there.get(title, {})):
+            raise ValueError(f'{title} of {a.method} in {a.name} and of {b.method} in {b.name} differs in more than the seed: '
+                             f'{_short(differ)}. Evaluate both in the same way, with fastrain evaluate')
+
+# %% ../../nbs/runs/compare.ipynb #c10c5005
+def _figures(measured) -> pd.DataFrame: # 'run', 'seed', 'method', accuracies in %, measures
+    "A row per run and method"
+    several = len({m.label for m in measured}) > 1
+    rows,titles = [],_titles(measured)
+    for m in measured:
+        method = f'{m.label}: {m.method}' if several else m.method
+        row = dict(run=m.name, seed=m.run.recipe.seed, method=method)
+        for title,value in _row(m.record).items(): row[titles(m, title)] = value
+        rows.append(row)
     return pd.DataFrame(rows)
 
-def _row(r) -> dict: # `{title: value}`
+def _titles(measured):
+    "A function that gives a figure its title, with what differs between its columns"
+    known = {}
+    for m in measured:
+        for title,way in _ways(m).items(): known.setdefault(title, []).append(way)
+    telling = {title: _telling(ways) for title,ways in known.items()}
+    def titled(m, title):
+        way = _ways(m).get(title, {})
+        told = [_told_of(k, way[k]) for k in telling.get(title, ()) if way.get(k) is not None]
+        return f'{title} ({", ".join(told)})' if told else title
+    return titled
+
+def _told_of(word, value): return f'of {value}' if word == 'of' else f'{word} = {_value(value)}'
+
+def _telling(ways) -> list:
+    "The fewest words that tell different ways of measuring apart"
+    found = []
+    for k in ways[0]:
+        for a,b in itertools.combinations(ways, 2):
+            if k not in found and k in _unlike(a, b) and _alike(a, b, found): found.append(k)
+    return found
+
+def _alike(a, b, words): return not any(k in words for k in _unlike(a, b))
+
+# %% ../../nbs/runs/compare.ipynb #c10c5007
+def _row(record) -> dict: # `{title: value}`
     "The figures of a method in the units in which they are printed"
-    record = r['last']
     rows = [row for row in record['rows'] if row['kind'] != 'stage']
     accuracies = {row['title']: 100*row['accuracy'] for row in rows}
     measures = {k: v for k,v in record['figures'].items() if k not in {row['name'] for row in rows}}
@@ -50,10 +163,20 @@ def _row(r) -> dict: # `{title: value}`
 
 def _printed(measure, value): return measure.title or measure.key,100*value if measure.unit == '%' else value
 
+def _means(figures) -> pd.DataFrame:
+    "Means over seeds; a figure that only some of them have says of how many"
+    table = mean_spread(figures.drop(columns=['run', 'seed']), 'method')
+    counts = figures.groupby('method', sort=False).count()
+    for column in table.columns.drop('seeds'):
+        fewer = counts[column].between(1, table.seeds - 1)
+        table.loc[fewer, column] += ' (of ' + counts[column][fewer].astype(str) + ')'
+    return table
+
 # %% ../../nbs/runs/compare.ipynb #ca43d5cc
 def paired(run:Run, first:str, second:str) -> pd.DataFrame: # A row per attack
     "McNemar's test of two methods of a run, on the images that both were evaluated on"
     a,b = _per_image(run, first),_per_image(run, second)
+    _check_attacks(*(_Measured(run, run.out.name, '', r) for r in _results_of(run, first, second)))
     same = list(a.image) == list(b.image) and list(a.label) == list(b.label)
     if not same:
         raise ValueError(f'{run.out}: {first} and {second} were evaluated on other images. Evaluate both again with the same --n')
@@ -65,6 +188,10 @@ def paired(run:Run, first:str, second:str) -> pd.DataFrame: # A row per attack
         rows.append(dict(first=first, second=second, attack=title, n=len(a), **mcnemar(right_a, right_b)))
     return pd.DataFrame(rows)
 
+def _results_of(run, *methods):
+    "Their records, in this order"
+    return [next(r for r in run.evaluated if r['method'] == m) for m in methods]
+
 def _attacks(run, method) -> dict: # `{name: title}`
     "What each image of a method was evaluated under"
     rows = read_evaluation(run.evaluation_folder(method))['rows']
@@ -73,7 +200,8 @@ def _attacks(run, method) -> dict: # `{name: title}`
 def _per_image(run, method):
     file = run.evaluation_folder(method)/'per_image.csv'
     if not file.is_file():
-        raise FileNotFoundError(f'{run.out} has no results by image for {method}: evaluate it first, fastrain evaluate {run.out}')
+        raise FileNotFoundError(f'{run.out} has no results by image for {method} ({file.name} is missing): evaluate it, '
+                                f'fastrain evaluate {run.out}')
     return pd.read_csv(file)
 
 def _pairs(methods, against=None) -> list:
@@ -88,11 +216,11 @@ def _pairs(methods, against=None) -> list:
 def _all_tests(runs, against):
     "The tests of all pairs in all runs; None if there are no pairs"
     tests = []
-    for run in runs:
+    for run,name in zip(runs, _names_of(runs)):
         methods = [r['method'] for r in run.evaluated]
         for first,second in _pairs(methods, against):
             test = paired(run, first, second)
-            tests.append(test.assign(run=run.out.name, seed=run.recipe.seed))
+            tests.append(test.assign(run=name, seed=run.recipe.seed))
     return pd.concat(tests) if tests else None
 
 def _test_table(tests):
@@ -107,7 +235,7 @@ def _test_table(tests):
 _MEANS = Template('''\
 # $runs
 
-Mean ± standard deviation over runs that differ in nothing but the seed; in %, after the last epoch.
+Mean ± standard deviation over runs that differ in nothing but the seed; in %, after the last epoch.$fewer
 
 $table''')
 
@@ -127,30 +255,45 @@ def compare_runs(
 ) -> pd.DataFrame: # Means and spreads
     "Compare runs, with a report"
     if not runs: raise ValueError('There are no runs to compare')
-    runs = [Run(r) for r in dict.fromkeys(map(str, runs))]
-    figures,tests = _figures(runs),_all_tests(runs, against)
-    table = mean_spread(figures.drop(columns=['run', 'seed']), 'method')
-    means = _MEANS.substitute(runs=', '.join(r.out.name for r in runs), table=markdown_table(table))
-    pictures = pictures_text(out) if _draw_tradeoff(figures, _robust_title(runs[0]), out) else ''
+    _check_folder(out)
+    runs = list({Path(r).resolve(): Run(r) for r in reversed(runs)}.values())[::-1] # each once
+    measured = _measured(runs)
+    _check_repetitions(measured)
+    figures,tests = _figures(measured),_all_tests(runs, against)
+    table = _means(figures)
+    fewer = ' A figure "(of 1)" is of so many of the seeds.' if table.map(lambda v: '(of ' in str(v)).any(axis=None) else ''
+    means = _MEANS.substitute(runs=', '.join(_names_of(runs)), fewer=fewer, table=markdown_table(table))
+    pictures = pictures_text(out) if _draw_tradeoff(figures, _robust_title(measured), out) else ''
     tests = '' if tests is None else _TESTS.substitute(table=markdown_table(_test_table(tests)))
     save_page(out, sections(means, pictures, tests, _differences(runs)))
     return table
 
-def _robust_title(run):
+# %% ../../nbs/runs/compare.ipynb #c10c5006
+_of_others = 'settings.json', 'results.json', 'evaluation.json', 'checkpoints'
+
+def _check_folder(out):
+    "A comparison has a report of its own, which must not take the place of another one"
+    found = [name for name in _of_others if (Path(out)/name).exists()]
+    if found:
+        raise FileExistsError(f'{out} holds a run or an evaluation ({found[0]}), whose report would be replaced: '
+                              'choose another folder with --out')
+
+def _robust_title(measured):
     "The title of the attack that L_TP is measured under"
-    first = run.evaluated[0]
-    return next((r['title'] for r in first['last']['rows'] if r['name'] == first['l_tp_attack']), None)
+    first = measured[0]
+    rows = [row['title'] for row in first.record['rows'] if row['name'] == first.result['l_tp_attack']]
+    return _titles(measured)(first, rows[0]) if rows else None
 
 def _draw_tradeoff(figures, robust, out) -> bool:
-    "Draw natural accuracy against that under an attack, if both were measured"
+    "Draw natural accuracy against that under an attack, of what both were measured"
     if robust not in figures or 'natural' not in figures or robust == 'natural': return False
-    points = figures[['method', 'seed']]
-    points = points.assign(natural=figures.natural/100, robust=figures[robust]/100)
+    both = figures.dropna(subset=['natural', robust])
+    points = both[['method', 'seed']].assign(natural=both.natural/100, robust=both[robust]/100)
     save_figure(plot_tradeoff(points), Path(out)/'tradeoff.png')
     return True
 
 def _differences(runs):
-    by_run = {run.out.name: {k: json.dumps(v) for k,v in run.recipe.settings().items()} for run in runs}
+    by_run = {name: {k: json.dumps(v) for k,v in run.recipe.settings().items()} for run,name in zip(runs, _names_of(runs))}
     settings = pd.DataFrame(by_run)
     differ = settings[settings.nunique(axis=1) > 1].rename_axis('setting')
     return '## Settings that differ\n\n' + (markdown_table(differ) if len(differ) else 'None.')

@@ -12,14 +12,15 @@ import pandas as pd
 from fastai.torch_core import default_device
 from torch import nn
 
-from ..core import environment, load_tensors, save_json
+from ..core import environment, load_tensors, parse_eps, save_json
 from ..data.sources import get_dls
-from ..evaluation.evaluate import evaluate, parse_figures, rescore
-from ..evaluation.record import Evaluation
+from ..attacks.named import size_name, split_sizes
+from ..evaluation.evaluate import evaluate, parse_figures, rescored_rows
+from ..evaluation.record import Evaluation, read_evaluation, read_evaluations
 from ..models.backbone import create_backbone, load_weights
 from ..models.features import n_outputs
 from ..models.stored import stored_backbone
-from .gallery import Exhibits, draw_pictures, picture_names
+from .gallery import Exhibits, check_pictures, draw_pictures, picture_names
 from .own import call_own, import_code
 from .recipe import Recipe
 from .report import model_text, save_page, write_report
@@ -31,16 +32,17 @@ def recipe_attacks(
     attacks=('natural', 'pgd20'), # Names, as of `evaluate`; or what this function returned
     eps=None # Size of the ball, or several; None: that of the recipe
 ) -> dict: # `{name: NamedAttack}`, and the names of measures, for `evaluate`
-    "What a run is evaluated under"
+    "What a run is evaluated under; a size that is not the recipe's is in the names"
     if isinstance(attacks, dict): return attacks
-    alpha = r.eval_alpha if eps is None else None
-    found,measures = parse_figures(attacks, r.eval_eps if eps is None else eps, alpha, r.norm, r.seed)
+    sizes = split_sizes(r.eval_eps if eps is None else eps)
+    own = len(sizes) == 1 and parse_eps(sizes[0]) == r.eval_eps
+    found,measures = parse_figures(attacks, sizes, r.eval_alpha if own else None, r.norm, r.seed)
+    if len(sizes) == 1 and not own: found = _with_size(found, size_name(sizes[0]))
     return found | {m.key: None for m in measures}
 
-def _nearest_pgd20(attacks:dict, eps:float):
-    "The name of PGD-20 in the size nearest to `eps`; None if it is not measured"
-    sizes = {k: abs(a.eps - eps) for k,a in attacks.items() if a is not None and a.base == 'pgd20'}
-    return min(sizes, key=sizes.get, default=None)
+def _with_size(attacks, size):
+    sized = [a if a.sized or a.attack is None else a.resized(size) for a in attacks.values()]
+    return {a.name: a for a in sized}
 
 # %% ../../nbs/runs/evaluate.ipynb #e40c6216
 def assess(
@@ -55,19 +57,23 @@ def assess(
     r,attacks = run.recipe,recipe_attacks(run.recipe, attacks, eps)
     anchor,source = run.anchor(method)
     kwargs |= dict(norm=r.norm, bs=r.bs, seed=r.seed, standard=_on_device(anchor, run))
-    kwargs['l_tp_attack'] = _nearest_pgd20(attacks, r.eval_eps)
+    kwargs['l_tp_attack'] = r.eval_eps # PGD-20 in the size nearest to it
     record,evs = {},{}
     for w in which:
-        if w == 'average' and not run.has_average(method): continue
-        epoch = run.checkpoint(method, w)['epoch']
-        if w == 'best' and 'last' in record and epoch == record['last']['epoch']: # the same weights
-            record[w],evs[w] = record['last'],evs['last']
+        if not run.has(method, w): continue
+        folder = _folder(run, method, w)
+        if w == 'best' and 'last' in record and folder == _folder(run, method, 'last'): record[w],evs[w] = record['last'],evs['last']
         else:
             model = _on_device(run.model(method, w), run)
-            folder = run.evaluation_folder(method, w)
             evs[w] = evaluate(model, run.dls, attacks, checks=not evs, out=folder, **kwargs)
-            record[w] = dict(evs[w].record(), epoch=epoch)
+            record[w] = dict(evs[w].record(), epoch=run.checkpoint(method, w)['epoch'])
     return record | _circumstances(run, source, next(iter(evs.values()))),evs
+
+def _folder(run, method, which):
+    "Where the evaluation of a checkpoint is kept; if the best epoch is the last one, they are the same weights"
+    if which == 'best' and run.has(method, 'best') and run.has(method, 'last'):
+        if run.checkpoint(method, 'best')['epoch'] == run.checkpoint(method, 'last')['epoch']: which = 'last'
+    return run.evaluation_folder(method, which)
 
 def _on_device(model, run): return None if model is None else model.to(run.dls.device)
 
@@ -88,36 +94,74 @@ def evaluate_run(
     which=CHECKPOINTS, # Only these checkpoints
     eps=None, # Size of the ball, or several; None: that of the recipe
     **kwargs # Passed on to `assess`: n, n_support, images, progress
-) -> list: # A record per method
-    "Evaluate the models of a run, under any attacks; also written to `evaluation.json` and to the report"
+) -> list: # A record per method, with what was asked for
+    "Evaluate the models of a run, under any attacks; `evaluation.json` and the report have it together with what was known before"
     run = Run(out, device, path)
     todo = _records_of(run, methods)
-    pictures,attacks = picture_names(pictures),recipe_attacks(run.recipe, attacks, eps) # errors come before the data are read
-    results,shown = [],{}
-    for r in todo:
-        method = r['method']
-        if not _has_any(run, method, which): continue
-        record,evs = assess(run, method, attacks, which, **kwargs)
-        shown[method] = next(iter(evs.values()))
-        print(f'{method}: {_accuracies(shown[method])}')
-        results.append({k: v for k,v in r.items() if k not in CHECKPOINTS} | record)
-        save_json(run.out/'evaluation.json', results)
-    if not results:
-        raise ValueError(f'None of {", ".join(r["method"] for r in todo)} has averaged weights: add ema to a method')
-    run.evaluations = results
-    show_run(run, results, pictures, shown)
+    pictures,attacks = _checked(run, pictures, recipe_attacks(run.recipe, attacks, eps)) # errors come before the data are read
+    with run.lock():
+        results,shown = [],{}
+        for r in todo:
+            method = r['method']
+            if not _has_any(run, method, which): continue
+            record,evs = assess(run, method, attacks, which, **kwargs)
+            shown[method] = next(iter(evs.values()))
+            print(f'{method}: {_accuracies(shown[method])}')
+            results.append({k: v for k,v in r.items() if k not in CHECKPOINTS} | record)
+            run.evaluations = _all_evaluated(run, results[-1])
+            save_json(run.out/'evaluation.json', run.evaluations)
+        if not results:
+            raise ValueError(_nothing_there(run, todo, which))
+        show_run(run, [_with_earlier(run, r) for r in results], pictures, shown)
     return results
+
+# %% ../../nbs/runs/evaluate.ipynb #754f666b
+def _checked(run, pictures, attacks):
+    "Pictures and attacks, if these pictures can be made of them and of what there is"
+    measures = [k for k,a in attacks.items() if a is None]
+    named = {k: a for k,a in attacks.items() if a is not None}
+    before = [r[w] for r in run.evaluations or run.results for w in CHECKPOINTS if w in r]
+    check_pictures(pictures, named, measures, before)
+    return picture_names(pictures),attacks
 
 def _records_of(run, methods):
     "The records of these methods, or of all that are trained"
     wanted = [method_in(run.methods, m) for m in methods]
     return [r for r in run.trained if not wanted or r['method'] in wanted]
 
+def _nothing_there(run, todo, which):
+    methods = ', '.join(r['method'] for r in todo)
+    if [*which] == ['average']: return f'None of {methods} has averaged weights: add ema to a method'
+    return (f'{run.out} has no checkpoint {" or ".join(which)} of {methods}. If it was removed, remove results.json, too: '
+            '--resume then trains again what is missing')
+
 def _has_any(run, method, which):
-    "Only averaged weights may be missing"
-    return any(w != 'average' or run.has_average(method) for w in which)
+    "Averaged weights may be missing, and files may be removed"
+    return any(run.has(method, w) for w in which)
 
 def _accuracies(ev): return ', '.join(f'{row.title} {100*row.accuracy:.2f}' for row in ev.rows if row.kind != 'stage')
+
+# %% ../../nbs/runs/evaluate.ipynb #e6ea3c65
+def _all_evaluated(run, new) -> list:
+    "The records of all methods, of which that of `new` is brought up to date"
+    known = {r['method']: r for r in run.results} | {r['method']: r for r in run.evaluations}
+    before = known.get(new['method'], {})
+    found = {w: read_evaluations(_folder(run, new['method'], w)) for w in CHECKPOINTS if w in new}
+    first = {w: _plain(records[0]) | dict(epoch=new[w]['epoch']) for w,records in found.items()}
+    if 'last' in found and found.get('best') == found['last']: found['best'] = found['best'][:1] # one folder
+    fewer = {w: [_plain(r) for r in records[1:]] for w,records in found.items()}
+    on = next(iter(first.values()))['settings']['l_tp_attack']
+    known[new['method']] = before | new | first | dict(l_tp_attack=on, fewer=before.get('fewer', {}) | fewer)
+    return list(known.values())
+
+def _plain(record): return {k: v for k,v in record.items() if k not in ('files', 'environment')}
+
+def _with_earlier(run, result) -> dict:
+    "The record of a method with all that is known on the images that were asked for"
+    whole = {}
+    for w in CHECKPOINTS:
+        if w in result: whole[w] = _plain(read_evaluation(_folder(run, result['method'], w), result[w]['settings']['subset']))
+    return result | whole
 
 # %% ../../nbs/runs/evaluate.ipynb #a7d7a5c3
 def show_run(
@@ -129,24 +173,24 @@ def show_run(
     "Pictures and report of a run"
     records = {r['method']: next(r[w] for w in CHECKPOINTS if w in r) for r in results}
     best = {r['method']: r['best']['epoch'] for r in run.trained if 'best' in r}
-    history = pd.read_csv(run.out/'history.csv')
     attack = run.recipe.eval_attack('pgd20')
-    exhibits = Exhibits(records, lambda m: _on_device(run.model(m), run), run.dls, attack, history, best, evaluations)
+    exhibits = Exhibits(records, lambda m: _on_device(run.model(m), run), run.dls, attack, run.history, best, evaluations)
     draw_pictures(pictures, exhibits, run.out)
     write_report(run)
 
 def rescore_run(out, device=None) -> pd.DataFrame: # A row per method, checkpoint and attack
     "Score the saved adversarial images of a run again"
-    run,tables = Run(out, device),[]
+    run,rows,folders = Run(out, device),[],[]
     device = default_device() if device is None else device
     for r in run.evaluations:
-        for w in (w for w in CHECKPOINTS if w in r):
-            folder = run.evaluation_folder(r['method'], w)
-            if not (folder/'evaluation.json').exists(): continue
-            table = rescore(run.model(r['method'], w).to(device), folder)
-            tables.append(table.assign(method=r['method'], checkpoint=w))
-    if not tables: raise FileNotFoundError(f'{out} has no saved images: evaluate it with --images first')
-    return pd.concat(tables).reset_index().set_index(['method', 'checkpoint', 'attack'])
+        for w in (w for w in CHECKPOINTS if w in r and run.has(r['method'], w)):
+            folder = _folder(run, r['method'], w)
+            if folder in folders or not (folder/'evaluation.json').exists(): continue
+            folders.append(folder)
+            scored = rescored_rows(run.model(r['method'], w).to(device), folder)
+            rows += [dict(method=r['method'], checkpoint=w) | row for row in scored]
+    if not rows: raise FileNotFoundError(f'{out} has no saved images: evaluate it with --images first')
+    return pd.DataFrame(rows).set_index(['method', 'checkpoint', 'attack'])
 
 # %% ../../nbs/runs/evaluate.ipynb #33487826
 def load_any(
@@ -207,14 +251,20 @@ def evaluate_any(
     **kwargs # Passed on to `evaluate`: eps, n, images, ...
 ) -> Evaluation:
     "Evaluate any model on any data, with a report"
-    pictures = picture_names(pictures)
-    parse_figures(attacks, **{k: kwargs[k] for k in ('eps', 'norm') if k in kwargs}) # errors come before the data are read
+    pictures = picture_names(pictures) # errors come before the data are read
+    asked,measures = parse_figures(attacks, **{k: kwargs[k] for k in ('eps', 'norm') if k in kwargs})
+    check_pictures(pictures, asked, [m.key for m in measures], _records_in(out), history=False)
     model,standard,dls = load_for(data, spec, weights, backbone, standard, path, img_size, bs, device)
     ev = evaluate(model, dls, attacks, standard=standard, out=out, **kwargs)
     name = Path(str(spec).rpartition(':')[2]).stem
     attack = ev.attacks[ev.settings['l_tp_attack']].attack
-    exhibits = Exhibits({name: ev.record()}, lambda _: model, dls, attack, evaluations={name: ev})
+    whole = read_evaluation(out, ev.settings['subset']) # with earlier figures that hold
+    exhibits = Exhibits({name: whole}, lambda _: model, dls, attack, evaluations={name: ev})
     draw_pictures(pictures, exhibits, out)
     made_from = f'{spec}, weights {weights}' if weights else str(spec)
-    save_page(out, model_text(f'{name} on {data}', made_from, ev.record(), environment(device), out))
+    save_page(out, model_text(f'{name} on {data}', made_from, read_evaluations(out), environment(device), out))
     return ev
+
+def _records_in(out) -> list:
+    try: return read_evaluations(out)
+    except (FileNotFoundError, ValueError): return []

@@ -13,7 +13,7 @@ from string import Template
 import pandas as pd
 
 from ..core import save_text
-from ..evaluation.tables import evaluation_text, markdown_table, results_table
+from ..evaluation.tables import evaluation_text, markdown_table, results_table, sizes_text, steps_text
 from .gallery import pictures
 from .run import CHECKPOINTS, Run
 
@@ -87,9 +87,18 @@ def environment_text(env:dict) -> str:
 def _value_table(values, name): return markdown_table(pd.DataFrame(dict(value=list(values.values())), index=pd.Index(values, name=name)))
 
 # %% ../../nbs/runs/report.ipynb #8c44480e
-def model_text(title:str, source:str, record:dict, env:dict, folder) -> str:
+def model_text(
+    title:str,
+    source:str, # Where the model is from
+    records:list, # Of its evaluations, that with the most images first
+    env:dict, # Of `environment`
+    folder # Where pictures are
+) -> str:
     "The page of a model that was evaluated outside of a run"
-    return sections(f'# {title}', source, evaluation_text(record), pictures_text(folder), environment_text(env))
+    first,*others = records
+    fewer = [sections(f'### {r["n"]} images', evaluation_text(r)) for r in others]
+    fewer = _FEWER.substitute(tables=sections(*fewer)) if fewer else ''
+    return sections(f'# {title}', source, evaluation_text(first), pictures_text(folder), fewer, environment_text(env))
 
 # %% ../../nbs/runs/report.ipynb #52ee399e
 _TITLE = Template('''\
@@ -100,8 +109,7 @@ $backbone, $epochs epochs, seed $seed: one run, not a claim. Trained with $norm,
 _ACCURACY = Template('''\
 ## $title
 
-In % on $n test images (a 95 % interval is up to ±$interval); ε = $eps where a column does not say otherwise, \
-step of PGD $alpha. $l_tp
+In % on $n test images (a 95 % interval is up to ±$interval)$sizes. $l_tp
 
 $table''')
 
@@ -116,6 +124,13 @@ Chosen by accuracy under PGD-10 (standard training: natural accuracy) on $images
 
 $table''')
 
+_FEWER = Template('''\
+## On fewer images
+
+Looks at a part of the test images, beside the figures above.
+
+$tables''')
+
 # %% ../../nbs/runs/report.ipynb #35d24b9a
 def write_report(run:Run):
     "`report.md` and `report.html` in a run's folder, with the pictures that are there"
@@ -124,33 +139,67 @@ def write_report(run:Run):
 def report_text(run:Run) -> str:
     "The page of a run as Markdown"
     shown = run.evaluations or run.results
-    after_training = _accuracy_text('As evaluated after training', run.results) if run.evaluations else ''
-    return sections(_title_text(run), _accuracy_text('Accuracy', shown), pictures_text(run.out), _attacks_text(shown),
+    after_training = _accuracy_text('As evaluated after training', run.results) if _differ(shown, run.results) else ''
+    return sections(_title_text(run), _accuracy_text('Accuracy', shown), pictures_text(run.out), _attacks_text(shown), _fewer_text(shown),
                     _best_text(shown), after_training, _settings_text(run.recipe), environment_text(run.settings['environment']))
+
+def _differ(shown, results) -> bool:
+    "Are figures of `results` missing or others?"
+    now = {r['method']: r for r in shown}
+    return any(not _has(now.get(r['method'], {}), r) for r in results)
+
+def _has(shown, result) -> bool:
+    for w in CHECKPOINTS:
+        if w in result and not result[w]['figures'].items() <= shown.get(w, dict(figures={}))['figures'].items(): return False
+    return True
 
 def _title_text(run):
     r = run.recipe
     numbers = dict(eps=f'{r.eps:.4g}', alpha=f'{r.alpha:.3g}')
     return _TITLE.substitute(r.settings() | numbers, methods=', '.join(run.methods))
 
+# %% ../../nbs/runs/report.ipynb #29cb37aa
 def _accuracy_text(title, results):
-    first,which = results[0],next(w for w in CHECKPOINTS if w in results[0])
-    n = first[which]['n']
-    numbers = dict(n=n, interval=f'{98/n**.5:.1f}', eps=f'{first["eval_eps"]:.4g}', alpha=f'{first["eval_alpha"]:.3g}')
+    which = next(w for w in CHECKPOINTS if w in results[0])
+    results = [r for r in results if which in r]
+    records = [r[which] for r in results]
+    ns = sorted({record['n'] for record in records})
+    numbers = dict(n=' to '.join(map(str, ns[::len(ns) - 1 or 1])), interval=f'{98/ns[0]**.5:.1f}')
+    sizes = ''.join(f'; {text}' for text in (sizes_text(records), steps_text(records)) if text)
     table = markdown_table(results_table(results, which))
-    return _ACCURACY.substitute(numbers, title=title, l_tp=_l_tp_text(results, which), table=table)
+    return _ACCURACY.substitute(numbers, title=title, sizes=sizes, l_tp=_l_tp_text(results, which), table=table)
 
 def _l_tp_text(results, which):
     anchors = {r['anchor'] for r in results if r.get('anchor')}
     if not anchors: return ''
-    first = results[0]
-    title = next(row['title'] for row in first[which]['rows'] if row['name'] == first['l_tp_attack'])
-    return _L_TP.substitute(bs=first['bs'], attack=title, anchors=' or '.join(sorted(anchors)))
+    on = {}
+    for r in results: on.setdefault(_measured_on(r[which], r['l_tp_attack']), []).append(r['method'])
+    several = [f'{title} ({", ".join(methods)})' for title,methods in on.items()]
+    attack = ' or '.join(several) if len(on) > 1 else next(iter(on))
+    return _L_TP.substitute(bs=results[0]['bs'], attack=attack, anchors=' or '.join(sorted(anchors)))
+
+def _measured_on(record, name) -> str:
+    "The title of the attack that L_TP of a record is of"
+    name = record['settings'].get('l_tp_attack', name)
+    return next((row['title'] for row in record['rows'] if row['name'] == name), name)
 
 def _attacks_text(results):
     return '## Attack by attack\n\nAfter the last epoch.\n\n' + sections(*(_method_text(r) for r in results))
 
 def _method_text(r): return sections(f'### {r["method"]}', evaluation_text(r['last']) if 'last' in r else '')
+
+# %% ../../nbs/runs/report.ipynb #76d7466d
+def _fewer_text(results):
+    "Evaluations that were asked for on a part of the images"
+    tables = []
+    for r in results:
+        for which,records in r.get('fewer', {}).items():
+            for record in records:
+                heading = f'### {r["method"]}, {_epochs[which]}, {record["n"]} images'
+                tables.append(sections(heading, evaluation_text(record)))
+    return _FEWER.substitute(tables=sections(*tables)) if tables else ''
+
+_epochs = dict(last='last epoch', best='best epoch', average='averaged weights')
 
 def _best_text(results):
     best = [r for r in results if 'best' in r]

@@ -15,20 +15,30 @@ from fastai.callback.tracker import TrackerCallback
 
 from ..core import save_json, save_text
 from .evaluate import assess, recipe_attacks, show_run
-from .recipe import Recipe, make_recipe, monitor, recipe_fit, recipe_learner
-from .run import Run
+from .recipe import Recipe, bound_to_length, given_settings, make_recipe, monitor, recipe_fit, recipe_learner
+from .run import Run, read_history
 from ..training.callback import history
 from ..training.checkpoint import Checkpoint
+from ..training.progress import TimeLeft
+from ..training.standard import is_trained
 
 # %% ../../nbs/runs/train.ipynb #ef316f74
 class History(Callback):
     "A row per epoch in `history.csv`, with the seconds that training took"
     order = TrackerCallback.order+2 # after the recorder, before `Checkpoint` saves its state
-    def __init__(self, path, method):
-        self.path,self.method = Path(path),method
+    def __init__(self,
+        path, # The file
+        method, # Whose rows these are
+        run:dict=None # Settings of the run, to be kept in its checkpoints, too
+    ):
+        self.path,self.method,self.of = Path(path),method,run
         self.seconds = []
-    def state_dict(self): return dict(seconds=self.seconds)
+    def state_dict(self): return dict(seconds=self.seconds, run=self.of)
     def load_state_dict(self, state): self.seconds = list(state['seconds'])
+    def settings(self):
+        "What must be the same when a run goes on; `Checkpoint` itself looks after the epochs"
+        recipe = self.of['recipe'] if self.of else {}
+        return {k: v for k,v in recipe.items() if k not in ('epochs', 'path')}
     def before_train(self): self.start = time.perf_counter()
     def after_train(self): self.seconds.append(time.perf_counter() - self.start)
     def after_epoch(self):
@@ -38,18 +48,18 @@ class History(Callback):
 def _save_rows(path, method:str, rows:pd.DataFrame):
     "Replace the rows of `method` in a CSV of all methods"
     rows.insert(0, 'method', method)
-    if path.exists():
-        old = pd.read_csv(path)
-        rows = pd.concat([old[old.method != method], rows], ignore_index=True)
+    old = read_history(path)
+    if old is not None: rows = pd.concat([old[old.method != method], rows], ignore_index=True)
     save_text(path, rows.to_csv(index=False))
 
 # %% ../../nbs/runs/train.ipynb #b804d864
-def train_method(run:Run, method:str):
+def train_method(run:Run, method:str, cbs=()):
     "Train a method of a run, from where it is; its learner"
-    dls = run.restart()
-    cbs = [History(run.out/'history.csv', method)]
-    learn = recipe_learner(run.recipe, run.parsed(method), dls, cbs, keep=run.out/'checkpoints'/'warm.pt')
-    recipe_fit(run.recipe, learn, [Checkpoint(run.folder(method), monitor(learn), resume=True)])
+    dls,m = run.restart(),run.parsed(method)
+    cbs = [History(run.out/'history.csv', method, run.plain_settings()), *cbs]
+    learn = recipe_learner(run.recipe, m, dls, cbs, keep=run.out/'checkpoints'/'warm.pt')
+    longer = not bound_to_length(run.recipe, [m])
+    recipe_fit(run.recipe, learn, [Checkpoint(run.folder(method), monitor(learn), resume=True, longer=longer)])
     return learn
 
 def _record(run, method, learn, attacks) -> dict:
@@ -59,29 +69,59 @@ def _record(run, method, learn, attacks) -> dict:
     found = assess(run, method, attacks)[0]
     return dict(method=method, approximate=run.parsed(method).approximate, **found, params=params, seconds_per_epoch=seconds)
 
+# %% ../../nbs/runs/train.ipynb #c10c4002
 def _finish(run, attacks) -> list:
     "Do what is left of a run"
     with run.lock():
-        for method in run.methods[len(run.results):]:
+        _mend(run)
+        left = _time_left(run)
+        for method in run.methods:
+            if _is_done(run, method): continue
             print(f'\n{method} ({run.recipe.backbone}, {run.recipe.epochs} epochs)')
-            learn = train_method(run, method)
-            run.results.append(_record(run, method, learn, attacks))
-            save_json(run.out/'results.json', run.results)
+            learn = train_method(run, method, [left])
+            _enter(run, _record(run, method, learn, attacks))
         show_run(run, run.results, 'all')
     return run.results
 
+def _mend(run):
+    "Write settings and history again if their files are missing; damaged ones are found before anything is trained"
+    run.results, run.evaluations
+    if not (run.out/'settings.json').exists(): run.save()
+    for method,rows in run.lost_rows().items(): _save_rows(run.out/'history.csv', method, rows)
+
+def _time_left(run) -> TimeLeft:
+    "For all methods that are not trained yet, and the warm-up that they share"
+    todo = [run.parsed(m) for m in run.methods if not _is_done(run, m)]
+    warm = run.out/'checkpoints'/'warm.pt'
+    shared = any(m.needs_standard and not m.together for m in todo) and not is_trained(run.recipe.standard) and not warm.is_file()
+    warmup = run.recipe.warmup if shared else 0
+    return TimeLeft(run.recipe.epochs*len(todo) + warmup, warmup, warm)
+
+def _is_done(run, method):
+    return any(r['method'] == method and _last_epoch(r) >= run.recipe.epochs for r in run.results)
+
+def _last_epoch(result): return result['last']['epoch'] if 'last' in result else 0
+
+def _enter(run, result):
+    "A record into `results.json`, in the order of the methods"
+    records = {r['method']: r for r in run.results} | {result['method']: result}
+    run.results = [records[m] for m in run.methods if m in records]
+    save_json(run.out/'results.json', run.results)
+
 # %% ../../nbs/runs/train.ipynb #0503fa06
+_attacks = 'natural', 'pgd20'
+
 def train_run(
     out, # Folder of the run, which must be new
     recipe:Recipe=None, # Settings; None: the digits
     methods=('standard', 'at', 'at+train'), # Methods by name, trained one after the other from the same weights
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
-    attacks=('natural', 'pgd20') # Attacks by name, under which they are evaluated
+    attacks=_attacks # Attacks by name, under which they are evaluated
 ) -> list: # A record per method, as in `results.json`
     "Train and evaluate methods on the same data, weights and budget"
     recipe = recipe or make_recipe()
     attacks = recipe_attacks(recipe, attacks)
-    return _finish(Run.create(out, recipe, methods, device), attacks)
+    return _finish(Run.create(out, recipe, methods, device, attacks), attacks)
 
 def start_run(out, recipe:Recipe=None, methods=('standard', 'at', 'at+train'), device=None) -> Run:
     "The folder of a run with its settings, and nothing trained yet; arguments as of `train_run`"
@@ -91,9 +131,14 @@ def resume_run(
     out, # Folder of a run
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
     methods=(), # Methods to add to those of the run
-    attacks=('natural', 'pgd20') # Attacks by name, under which what is trained is evaluated
+    attacks=None, # Attacks by name, under which what is left is evaluated; None: those of the run
+    settings:dict=None # Arguments of `make_recipe` that must agree with the run's, save for `path`, and `epochs`, which may grow
 ) -> list: # A record per method, as in `results.json`
     "Do what is left of a run, and what is new in `methods`: nothing is trained or evaluated twice"
-    run = Run(out, device)
-    attacks = recipe_attacks(run.recipe, attacks)
-    return _finish(run.add(methods), attacks)
+    settings = settings or {}
+    run = Run(out, device, settings.get('path'))
+    given = recipe_attacks(run.recipe, attacks) if attacks else None
+    with run.lock():
+        run.agree(given_settings(**settings), given)
+        run.add(methods)
+        return _finish(run, given or recipe_attacks(run.recipe, run.settings.get('attacks', _attacks)))

@@ -10,30 +10,36 @@ import copy
 import inspect
 import math
 import re
+import warnings
 from contextlib import nullcontext
 
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
+from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import get_model
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from ..attacks.pgd import PGD, check_images, check_labels
+from ..attacks.pgd import as_attack
 from ..core import peek_batch, upcast
-from ..models.features import FeatureCapture, find_classifier, n_outputs
-from ..pieces.base import Output, Step, Training, Views
-from ..pieces.losses import AT, RobustLoss
-from ..pieces.relations import Relation, Topology
-from ..pieces.strategies import Strategy
-from ..pieces.weights import Averaging, Perturbation
+from ..models.features import FeatureCapture, n_outputs
+from ..models.stems import image_size
+from ..pieces.base import CrossEntropy, Output, Step, Training, Views
+from ..pieces.losses import AT
+from ..pieces.relations import Topology
+from .batches import BatchWatch
+from .checkpoint import Checkpoint
+from .loss_func import check_class_weights, cross_entropy_of, loss_name
+from .methods import as_piece
 from .metrics import Column, history # whoever has the callback wants to see what it recorded
 from .objective import Objective
-from .preconditions import check_classes, check_data, check_pieces, check_terms
+from .preconditions import check_channels, check_classes, check_data, check_features, check_pieces, check_terms
 from .schedules import as_lambda
-from .standard import as_policy, learner_beside, step_beside
+from .standard import as_policy, callback_of, learner_beside, step_beside
 
 # %% ../../nbs/training/callback.ipynb #23fef2d9
 class TRAINCallback(Callback):
@@ -43,24 +49,24 @@ class TRAINCallback(Callback):
     def __init__(self,
         standard='resnet18', # Standard model M: a backbone's name, an `nn.Module`, a `Learner`, a policy (`CoTrained`, `Frozen`), or None
         *,
-        robust:RobustLoss=None, # L_robust; default `AT()`
-        attack:PGD=None, # The adversary; default PGD-10 with ε = 0.031 and step 0.007, objective and start as of the robust loss
-        strategy:Strategy=None, # How hard each image is attacked; default all alike
-        relation=None, # What keeps M' like M, one `Relation` or several; default `Topology()` if there is a standard model; False for none
-        perturb:Perturbation=None, # Perturbation of the weights, such as `AWP()`
-        average:Averaging=None, # Average of the weights, such as `EMA()`
+        robust=None, # L_robust, a `RobustLoss` or its name; default `AT()`
+        attack=None, # The adversary, a `PGD`, or ε for PGD-10 with a step of ε/4; default ε = 0.031 and step 0.007
+        strategy=None, # How hard each image is attacked, a `Strategy` or its name; default all alike
+        relation=None, # What keeps M' like M: `Relation`s or names; default `Topology()` if there is a standard model; False for none
+        perturb=None, # Perturbation of the weights, such as `AWP()` or 'awp'
+        average=None, # Average of the weights, such as `EMA()` or 'ema:decay=.99'
         lam=5. # λ: a number, a `LambdaSchedule`, or any function of training progress
     ):
-        self.robust = AT() if robust is None else robust
-        self.attack = PGD() if attack is None else attack
-        self.strategy,self.perturb,self.average = strategy,perturb,average
-        self.policy = None if standard is None else as_policy(standard)
+        self.robust = as_piece('robust', robust, 'robust') or AT()
+        self.strategy = as_piece('strategy', strategy, 'strategy')
+        self.perturb,self.average = as_piece('perturb', perturb, 'perturb'),as_piece('average', average, 'average')
+        self.attack,self.policy = as_attack(attack),None if standard is None else as_policy(standard)
         if relation is None and self.policy: relation = Topology()
-        self.relations = [relation] if isinstance(relation, Relation) else list(relation or ())
-        check_pieces(self.robust, strategy, self.relations, bool(self.policy), bool(self.policy) and not self.policy.trains)
+        self.relations = _as_relations(relation)
+        check_pieces(self.robust, self.strategy, self.relations, bool(self.policy), bool(self.policy) and not self.policy.trains)
         self.lam = as_lambda(lam)
         self.objective = Objective(self.robust, self.relations, self.lam)
-        self.pieces = _by_family(self.robust, strategy, self.relations, perturb, average)
+        self.pieces = _by_family(self.robust, self.strategy, self.relations, self.perturb, self.average)
         self.needs = {n for p in self.pieces.values() for n in p.needs}
         self.first = 'nat' if 'nat' in self.needs else 'adv' # the view of the learner's own forward; x before x', as the papers' code
         self.fitting,self.columns,self._side = False,{},None
@@ -78,6 +84,13 @@ class TRAINCallback(Callback):
         self._learn = learn
 
 # %% ../../nbs/training/callback.ipynb #832ead8b
+def _as_relations(relation) -> list:
+    "A list of relations, from one or several of them or of their names; False and None are none"
+    if relation is None or relation is False: return []
+    if isinstance(relation, str): relation = relation.split('+')
+    several = relation if isinstance(relation, (list, tuple)) else [relation]
+    return [as_piece('relation', r, 'relations') for r in several]
+
 def _by_family(robust, strategy, relations, perturb, average) -> dict:
     "Pieces by the key of their family; relations by their terms, so that a term may be called as it likes"
     pieces = dict(robust=robust, strategy=strategy, perturb=perturb, average=average)
@@ -96,6 +109,8 @@ def before_fit(self:TRAINCallback):
     self.fitting = not self.learn.lock.locked()
     if not self.fitting: return
     n_classes,x = self._check()
+    self._ce = self._cross_entropy(n_classes)
+    self._watch = BatchWatch(self._clip, n_classes)
     self._build_standard(n_classes, x)
     self._set_up_pieces(n_classes, x)
     if self._searching: self._snapshot = copy.deepcopy(self.state_dict())
@@ -114,24 +129,38 @@ def _leave_nothing(self:TRAINCallback):
     self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, Column)]
 
 @patch(as_prop=True)
-def _searching(self:TRAINCallback): return hasattr(self.learn, 'lr_finder')
+def _searching(self:TRAINCallback): return callback_of(self.learn, LRFinder) is not None
 
 # %% ../../nbs/training/callback.ipynb #49098fe4
 @patch
 def _check(self:TRAINCallback):
     "Errors about data and model; returns the number of classes and a batch of images"
-    if any(isinstance(cb, MixHandler) for cb in self.learn.cbs):
-        raise ValueError('MixUp and CutMix mix images after they were attacked, with labels that the attack did not see: remove them')
+    self._check_callbacks()
     check_data(self.dls)
     *xb,y = self.learn._set_device(peek_batch(self.dls.train))
     if len(xb) != 1: raise ValueError(f'A batch has {len(xb)} inputs; expected one tensor of images and one of labels')
-    x = _plain(xb[0])
-    if 'adv' in self.needs: check_images(x, self.attack.clip)
-    if 'features' in self.needs: find_classifier(self.learn.model)
-    n_classes = self._n_classes()
+    x,n_classes = _plain(xb[0]),self._n_classes()
+    if 'features' in self.needs: check_features(self.learn.model, 'adversarial')
+    check_channels(self.learn.model, x, 'adversarial')
     check_classes(self.learn.model, n_classes, 'adversarial')
-    if n_classes: check_labels(_plain(y), n_classes)
+    BatchWatch(self._clip, n_classes).look(x, _plain(y), now=True)
     return n_classes, x
+
+@patch
+def _check_callbacks(self:TRAINCallback):
+    "Errors for callbacks that cannot be beside this one; a warning for mixed precision that will not be"
+    if sum(isinstance(cb, TRAINCallback) for cb in self.learn.cbs) > 1:
+        raise ValueError('The learner has two TRAINCallbacks, which would attack and train twice: '
+                         'remove one, `learn.remove_cbs(TRAINCallback)` removes both')
+    if callback_of(self.learn, MixHandler):
+        raise ValueError('MixUp and CutMix mix images after they were attacked, with labels that the attack did not see: remove them')
+    if callback_of(self.learn, MixedPrecision) and not torch.cuda.is_available():
+        warnings.warn('to_fp16 and to_bf16 work on CUDA GPUs alone, and there is none: this training computes in float32, as without them')
+
+@patch(as_prop=True)
+def _clip(self:TRAINCallback):
+    "The range of the images; None if nothing is attacked, as then they may be of any"
+    return getattr(self.attack, 'clip', (0., 1.)) if 'adv' in self.needs else None
 
 @patch
 def _n_classes(self:TRAINCallback): return getattr(self.dls, 'c', None) or n_outputs(self.learn.model)
@@ -139,15 +168,34 @@ def _n_classes(self:TRAINCallback): return getattr(self.dls, 'c', None) or n_out
 @patch
 def _build_standard(self:TRAINCallback, n_classes, x):
     if not self.policy: return
-    self.policy.build(self.learn, n_classes, x.shape[-1], x.device)
+    if x.ndim != 4: raise ValueError(f'Images have shape {tuple(x.shape)}; with a standard model, (N, channels, height, width) is expected')
+    self.policy.build(self.learn, n_classes, image_size(x), x.device, x.shape[1])
     if self.policy.trains: check_classes(self.policy.model, n_classes, 'standard')
-    find_classifier(self.policy.model)
+    check_features(self.policy.model, 'standard')
+    check_channels(self.policy.model, x, 'standard')
+    if self.policy.trains and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        warnings.warn('Of several processes each trains a standard model of its own, on its own part of the data: '
+                      'for the same one in all, train it before and give it as `Frozen(...)`')
+
+@patch
+def _cross_entropy(self:TRAINCallback, n_classes) -> CrossEntropy:
+    "The class weights and the smoothing of the learner's loss function, where the robust loss makes use of them"
+    loss_func = self.learn.loss_func
+    try: ce = cross_entropy_of(loss_func)
+    except ValueError:
+        if self.robust.uses_ce: raise
+        ce = None
+    if not self.robust.uses_ce and (ce is None or not ce.is_plain):
+        warnings.warn(f'{self.robust} is a loss of its own: {loss_name(loss_func)}, the loss function of the learner, only validates')
+    ce = ce or CrossEntropy()
+    check_class_weights(ce.weight, n_classes)
+    return ce
 
 # %% ../../nbs/training/callback.ipynb #927cc182
 @patch
 def _set_up_pieces(self:TRAINCallback, n_classes, x):
     standard = get_model(self.policy.model) if self.policy else None
-    training = Training(get_model(self.learn.model), standard, self.robust, self.dls.train, n_classes)
+    training = Training(get_model(self.learn.model), standard, self.robust, self.dls.train, n_classes, self._ce)
     for p in self.pieces.values(): p.setup(training)
     modules = nn.ModuleList(p.module for p in self._with_module().values())
     if len(modules) and not self._side:
@@ -186,6 +234,7 @@ def before_batch(self:TRAINCallback):
     if not self._training_batch: return
     self.total = 0.
     v = self.views = self._batch_views()
+    self._look_at(v)
     self.step = self._make_step(v)
     if 'adv' in self.needs: self._make_adversaries(v)
     if self.perturb: self.perturb.perturb(self.step)
@@ -199,7 +248,13 @@ def _training_batch(self:TRAINCallback): return self.fitting and self.training
 @patch
 def _batch_views(self:TRAINCallback) -> Views:
     places = getattr(self.learn.dl, 'idxs', None)
-    return Views(_plain(self.xb[0]), _plain(self.yb[0]), pct=self.pct_train, epoch=self.epoch, epochs=self.n_epoch, idx=places)
+    return Views(_plain(self.xb[0]), _plain(self.yb[0]), pct=self.pct_train, epoch=self.epoch, epochs=self.n_epoch, idx=places, ce=self._ce)
+
+@patch
+def _look_at(self:TRAINCallback, v):
+    "Errors for images and labels that cannot be; on a GPU they come with the loss of the batch"
+    y = self._watch.look(v.x, v.y, now=self.iter == 0)
+    if y is not v.y: v.y,self.learn.yb = y,(y,)
 
 @patch
 def _make_step(self:TRAINCallback, v) -> Step:
@@ -209,7 +264,8 @@ def _make_step(self:TRAINCallback, v) -> Step:
 @patch
 def _precision(self:TRAINCallback):
     "The learner's own mixed precision, in a region that closes before its region opens: autocast caches the weights it has cast"
-    return self.learn.mixed_precision.autocast if hasattr(self.learn, 'mixed_precision') else nullcontext()
+    mixed = callback_of(self.learn, MixedPrecision)
+    return mixed.autocast if mixed else nullcontext()
 
 @patch
 def _make_adversaries(self:TRAINCallback, v):
@@ -271,14 +327,15 @@ def after_step(self:TRAINCallback):
 
 @patch
 def after_batch(self:TRAINCallback):
-    if not self._training_batch or math.isfinite(self.total): return
+    if not self._training_batch or math.isfinite(self._watch.read(self.total)): return
     if self._searching: raise CancelFitException
     raise FloatingPointError(self._what_diverged())
 
 @patch
 def _what_diverged(self:TRAINCallback) -> str:
     terms = ', '.join(f'{n} = {t.item():.4g}' for n,t in self.terms.items())
-    kept = getattr(getattr(self.learn, 'checkpoint', None), 'last', None)
+    checkpoint = callback_of(self.learn, Checkpoint)
+    kept = checkpoint and checkpoint.last
     saved = f'The last good checkpoint is {kept}' if kept and kept.is_file() else (
         'Nothing was saved: add `Checkpoint(...)` to keep the last good epoch')
     return (f'The loss became {float(self.total):.4g} in epoch {self.epoch}, batch {self.iter} ({terms}). '
@@ -338,11 +395,16 @@ def _with_state(self:TRAINCallback):
 # %% ../../nbs/training/callback.ipynb #2de9005b
 @patch
 def settings(self:TRAINCallback) -> dict:
-    "What trains, by name: the pieces by family, the attack, λ, and the standard model's policy; each `{'kind': ..., argument: value}`"
+    "What trains, by name: the pieces by family, the attack, λ, the standard model's policy, and what the learner's loss function says"
     parts = {**dict.fromkeys(_single), **self.pieces, 'attack': self.attack, 'lam': self.lam, 'standard': self.policy}
     found = {name: part and _described(part) for name,part in parts.items()}
     if self.policy: found['standard'].pop('keep', None)
-    return found
+    return dict(found, loss_func=self._learn and _said_by(self._learn.loss_func))
+
+def _said_by(loss_func) -> dict:
+    try: ce = cross_entropy_of(loss_func)
+    except ValueError: return dict(kind=loss_name(loss_func)) # of a robust loss of one's own
+    return dict(kind='cross-entropy', weight=ce.weight if ce.weight is None else ce.weight.tolist(), label_smoothing=ce.label_smoothing)
 
 _single = 'robust','strategy','perturb','average' # families of which a training has one piece
 _address = re.compile(' at 0x[0-9a-fA-F]+')
@@ -358,7 +420,7 @@ def _plain_value(v):
     if isinstance(v, Learner): v = v.model
     if isinstance(v, nn.Module): return _name_of(v)
     if isinstance(v, (list, tuple)): return [_plain_value(o) for o in v]
-    if v is None or isinstance(v, (str, int, float)): return v
+    if v is None or isinstance(v, (str, int, float)): return v if v == v else 'nan' # which equals itself, unlike NaN
     return getattr(v, '__qualname__', None) or _address.sub('', repr(v))
 
 def _name_of(model):

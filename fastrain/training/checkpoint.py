@@ -239,7 +239,8 @@ def _compare(self:Checkpoint, state):
     "Error if something else trains now; files of earlier versions do not say what trained them"
     there = dict(state.get('training', {}))
     if state['n_epoch'] != self.n_epoch: there.pop('courses', None)
-    if differ := _differences(there, self._training):
+    differ = dict.fromkeys(_differences(there, self._training)) # callbacks may say what the learner says
+    if differ:
         raise ValueError(f'{self.last} is of another training: {"; ".join(differ)}. '
                          'Resume with the same settings, or train anew in another folder')
 

@@ -211,6 +211,27 @@ def _check_method(m):
     if m.policy and not m.needs_standard:
         raise ValueError(f'{m.policy.key} is about the standard model, but no piece here needs one: add a relation term such as train')
 
+# %% ../../nbs/training/methods.ipynb #4da8ee3e
+def as_piece(
+    argument:str, # What the value is called where the user gave it, for the message
+    value, # A piece, its name such as 'trades:beta=3', or None
+    family:str # A key of `piece_families`
+):
+    "The piece, or None"
+    base = piece_families[family]
+    if value is None or isinstance(value, base): return value
+    if isinstance(value, str): return _piece_by_name(argument, value, family)
+    raise ValueError(f'{argument}={shown(value)}: expected a {base.__name__} or the name of one: {", ".join(base.registry)}')
+
+def _piece_by_name(argument, typed, family):
+    try:
+        name,found = canonical(typed),{}
+        for part in name.split('+'): _add(found, part)
+    except ValueError as e: raise ValueError(f'{argument}={typed!r}: {e}') from None
+    if list(found) == [family] and '+' not in name: return _only(found, family)
+    raise ValueError(f'{argument}={typed!r}: expected one of {", ".join(piece_families[family].registry)}, '
+                     f'but {name} is of the kind {" and ".join(found)}')
+
 # %% ../../nbs/training/methods.ipynb #2b6c8ea8
 def list_pieces() -> list: # A dictionary per piece: family, key, doc, parameters (`{name: (default, meaning)}`), paper, approximate
     "Every piece of every family, with its parameters and its source"

@@ -6,6 +6,8 @@
 __all__ = ['RobustAccuracy', 'history', 'Column']
 
 # %% ../../nbs/training/metrics.ipynb #edb7b09f
+import math
+
 import pandas as pd
 import torch
 from fastai.learner import Metric
@@ -13,20 +15,23 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..attacks.pgd import PGD
+from ..attacks.checks import check_logits, check_not_probabilities
+from ..attacks.pgd import as_attack
 from ..core import check_number, eval_mode, fork_rng, upcast
+from .batches import BatchWatch
+from .preconditions import check_transforms
 
 # %% ../../nbs/training/metrics.ipynb #2c7243f0
 class RobustAccuracy(Metric):
     "Accuracy under `attack` on `n` fixed images of the validation set"
     def __init__(self,
-        attack=None, # Default: PGD-10 with ε = 0.031 and step 0.007
+        attack=None, # A `PGD`, or ε for PGD-10 with a step of ε/4; default ε = 0.031 and step 0.007
         n:int=None, # Number of images, drawn once; None for all
         seed:int=0, # Of the draw and of the attack's starts
         name:str=None # Column name; default from the attack, such as 'pgd10_accuracy'
     ):
-        if n is not None: check_number('n', n, at_least=1, what='number of images')
-        self.attack,self.n,self.seed = attack or PGD(),n,seed
+        if n is not None: check_number('n', n, at_least=1, whole=True, what='number of images')
+        self.attack,self.n,self.seed = as_attack(attack),n,seed
         self._name = name or f'pgd{self.attack.steps}_accuracy'
 
     @property
@@ -40,6 +45,7 @@ class RobustAccuracy(Metric):
 
     def reset(self):
         self.hits = self.count = 0 # of images attacked so far
+        self._watch = None # of the images of this epoch
         self.seen,self.chosen = 0,None # images that came by, and which of all are to be attacked
         self._forget()
 
@@ -47,6 +53,7 @@ class RobustAccuracy(Metric):
 
     def accumulate(self, learn):
         x,y = learn.xb[0],learn.yb[0]
+        if self._watch is None: self._begin(learn)
         self._model = get_model(learn.model)
         mask = self._mask(learn, len(y)).to(y.device)
         self.seen += len(y)
@@ -56,6 +63,14 @@ class RobustAccuracy(Metric):
     def _waiting(self): return sum(len(y) for _,y in self._queue)
 
 # %% ../../nbs/training/metrics.ipynb #ce4cff17
+@patch
+def _begin(self:RobustAccuracy, learn):
+    "Errors for data and model, by the first batch"
+    check_transforms(learn.dl)
+    logits = check_logits(learn.pred, len(learn.yb[0]))
+    check_not_probabilities(logits)
+    self._watch = BatchWatch(getattr(self.attack, 'clip', (0., 1.)), logits.shape[1])
+
 @patch
 def _mask(self:RobustAccuracy, learn, bs):
     "Which images of the next batch are to be attacked"
@@ -73,10 +88,14 @@ def _choose(self:RobustAccuracy, total):
 def _attack(self:RobustAccuracy):
     x,y = map(torch.cat, zip(*self._queue))
     self._queue = []
+    y = self._watch.look(x, y, now=not self.count)
     with fork_rng(self.seed + self.count), eval_mode(self._model):
         x_adv = self.attack(self._model, x, y)
         with torch.no_grad(): z = upcast(self._model(x_adv))
-    self.hits += (z.argmax(1) == y).sum().item()
+    hits = (z.argmax(1) == y).sum().where(z.isfinite().all(), torch.nan) # one number to wait for
+    self.hits += self._watch.read(hits)
+    if math.isnan(self.hits):
+        raise FloatingPointError(f'The logits of the model are not finite in {self.name}: no accuracy can be measured')
     self.count += len(y)
 
 # %% ../../nbs/training/metrics.ipynb #0001d5fc

@@ -6,7 +6,11 @@
 __all__ = ['check_data', 'check_classes', 'check_pieces', 'check_terms']
 
 # %% ../../nbs/training/preconditions.ipynb #414923ad
-from ..models.features import n_outputs
+from fastai.torch_core import get_model
+from torch import Tensor, nn
+
+from ..models.backbone import Backbone
+from ..models.features import find_classifier, n_outputs
 from ..pieces.losses import RobustLoss
 from ..pieces.strategies import Strategy
 
@@ -14,19 +18,11 @@ from ..pieces.strategies import Strategy
 def check_data(dls):
     "Errors for data that cannot be attacked, or are too small for a graph"
     dl = dls.train
-    _check_transforms(dl)
+    check_transforms(dl)
     n,bs = getattr(dl, 'n', None),getattr(dl, 'bs', None)
     if not bs: return
     if bs < 3: raise ValueError(f'bs={bs}: a neighbourhood graph needs at least 3 images in each batch')
     if n: _check_last_batch(n, bs, getattr(dl, 'drop_last', True))
-
-def _check_transforms(dl):
-    for when in ('after_item', 'after_batch'):
-        for tfm in getattr(getattr(dl, when, None), 'fs', []):
-            if 'Normalize' in type(tfm).__name__:
-                raise ValueError('There is a Normalize in the data\'s transforms, but attacks work on pixels in [0,1]. Leave it out, '
-                                 'and give mean and std to the layer in front of the backbone: '
-                                 '`create_backbone(name, n_classes, mean=..., std=...)`')
 
 def _check_last_batch(n, bs, drop_last):
     if drop_last:
@@ -34,6 +30,27 @@ def _check_last_batch(n, bs, drop_last):
                                     'choose a smaller bs')
     elif 0 < n % bs < 3:
         raise ValueError(f'The last training batch has {n % bs} of {n} images (bs={bs}); a graph needs 3. Use drop_last=True or another bs')
+
+# %% ../../nbs/training/preconditions.ipynb #58b8a0fb
+_wrong_transforms = dict( # fastai's, by what they are called
+    Normalize='attacks work on pixels in [0,1]. Leave it out, and give mean and std to the layer in front of the backbone: '
+              '`create_backbone(name, n_classes, mean=..., std=...)`',
+    RandomErasing='it fills rectangles with noise outside [0,1]. Leave it out, or write a transform that erases with values in [0,1]')
+
+def check_transforms(dl):
+    "An error if what a loader does to images takes them out of [0,1]"
+    for when in ('after_item', 'after_batch'):
+        for tfm in getattr(getattr(dl, when, None), 'fs', []):
+            if _is_applied(tfm, dl): _check_transform(type(tfm).__name__)
+
+def _check_transform(name):
+    for wrong,why in _wrong_transforms.items():
+        if wrong in name: raise ValueError(f"There is a {wrong} in the data's transforms, but {why}")
+
+def _is_applied(tfm, dl):
+    "Is a transform meant for this part of the data? fastai numbers the parts"
+    part = getattr(tfm, 'split_idx', None)
+    return part is None or part == getattr(dl, 'split_idx', part)
 
 # %% ../../nbs/training/preconditions.ipynb #2882d733
 def check_classes(
@@ -45,6 +62,26 @@ def check_classes(
     n = n_outputs(model)
     if n is not None and n_classes and n != n_classes:
         raise ValueError(f'The {who} model has {n} outputs, but the data have {n_classes} classes. Create it with n_classes={n_classes}')
+
+# %% ../../nbs/training/preconditions.ipynb #ab294b73
+def check_features(model, who:str):
+    "An error if there is no classifier to take features from, or it is in a part that is compiled"
+    classifier = find_classifier(model)
+    compiled = [m for m in model.modules() if _is_compiled(m)]
+    if any(classifier is part for m in compiled for part in m.modules()):
+        raise ValueError(f'The {who} model is compiled, and its features cannot be read from it. Give the model that was compiled '
+                         '(`model._orig_mod`, or leave `model.compile()` out), or a method that needs none, such as at or trades alone')
+
+def _is_compiled(m): return hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None
+
+def check_channels(model, x:Tensor, who:str):
+    "An error if a backbone is made for other channels than the images have; with a normalisation, one channel becomes many"
+    model = get_model(model)
+    if not isinstance(model, Backbone) or not isinstance(model.normalize, nn.Identity): return
+    expected = model.settings.get('in_chans', x.shape[1])
+    if x.shape[1] != expected:
+        raise ValueError(f'The {who} model takes images of {expected} channels, but those of the data have {x.shape[1]}. '
+                         f'Create it with in_chans={x.shape[1]}')
 
 # %% ../../nbs/training/preconditions.ipynb #b3c543be
 def check_pieces(

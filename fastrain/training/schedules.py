@@ -7,13 +7,14 @@ __all__ = ['schedules', 'LambdaSchedule', 'as_lambda', 'multi_step', 'MultiStep'
 
 # %% ../../nbs/training/schedules.ipynb #94d75eec
 import math
+import numbers
 from functools import partial
 
 import torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 
-from ..core import Registered, check_number, lookup
+from ..core import Registered, check_number, lookup, shown
 
 # %% ../../nbs/training/schedules.ipynb #3b6edfcb
 def _constant(t:float) -> float:
@@ -54,10 +55,11 @@ class LambdaSchedule:
 
 def as_lambda(lam) -> LambdaSchedule:
     "A `LambdaSchedule` from a number, a `LambdaSchedule`, or any function of training progress"
-    if isinstance(lam, (int, float)): return LambdaSchedule(lam)
+    if isinstance(lam, numbers.Real): return LambdaSchedule(lam)
     if isinstance(lam, LambdaSchedule): return lam
     if callable(lam): return LambdaSchedule(1., lambda t: lam(t/100))
-    raise ValueError(f'lam={lam!r}: expected a number, a `LambdaSchedule` or a function of training progress')
+    raise ValueError(f"lam={shown(lam)}: expected a number, a schedule such as LambdaSchedule(5, 'ramp'), "
+                     'or a function of training progress')
 
 # %% ../../nbs/training/schedules.ipynb #15e8d321
 def multi_step(

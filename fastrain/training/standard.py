@@ -8,12 +8,16 @@ __all__ = ['standard_learner', 'learner_beside', 'StandardPolicy', 'step_beside'
 
 # %% ../../nbs/training/standard.ipynb #2fdc24f7
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import fastai.callback.schedule # fit_one_cycle
 import timm
 import torch
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -26,34 +30,47 @@ from ..core import Registered, check_number, eval_mode, fork_rng, load_tensors, 
 from ..pieces.base import Output, check_flag
 from ..models.features import find_classifier, logits_and_features
 from ..models.backbone import create_backbone, load_weights
+from ..models.stems import height_and_width
 from ..models.stored import stored_backbone
+from .loss_func import as_loss_func, check_class_weights, cross_entropy_of
+
+# %% ../../nbs/training/standard.ipynb #9eff66c6
+def callback_of(learn, kind:type):
+    "The callback of a class that a learner has, or None"
+    return next((cb for cb in learn.cbs if isinstance(cb, kind)), None)
 
 # %% ../../nbs/training/standard.ipynb #7a9a348a
 def standard_learner(
     standard, # A backbone's name, an `nn.Module` on [0,1] images, or a `Learner`
     learn:Learner, # The adversarial learner, whose data, optimizer and defaults it shares
     n_classes:int, # Number of classes
-    img_size:int, # Width of the images in pixels
-    opt_func=None # Optimizer; None: as `learn`
+    img_size, # Size of the images in pixels: a number, or (height, width)
+    opt_func=None, # Optimizer; None: as `learn`
+    in_chans:int=3 # Channels of the images
 ) -> Learner:
     "The standard model as a `Learner`; a fresh backbone leaves the random generators as they were"
     if getattr(standard, 'model', standard) is learn.model:
         raise ValueError('The standard and the adversarial model are the same module; TRAIN needs two')
     if isinstance(standard, Learner): return standard
     if isinstance(standard, str):
-        with fork_rng(): standard = create_backbone(standard, n_classes, img_size=img_size)
+        with fork_rng(): standard = create_backbone(standard, n_classes, img_size=img_size, in_chans=in_chans)
     if not isinstance(standard, nn.Module):
         raise ValueError(f'standard={standard!r}: expected the name of a backbone, an nn.Module or a Learner')
     return learner_beside(standard, learn, opt_func)
 
 def learner_beside(model:nn.Module, learn:Learner, opt_func=None) -> Learner:
-    "A learner of `model` with the data, the optimizer and the defaults of `learn`"
+    "A learner of `model` with the data, the optimizer, the class weights, the smoothing and the defaults of `learn`"
     opt_func = opt_func or learn.opt_func
     if isinstance(opt_func, OptimWrapper):
         raise ValueError("The learner's `opt_func` is a built optimizer, which the standard model cannot share; "
                          "pass `CoTrained(standard, opt_func=...)`")
     shared = {n: getattr(learn, n) for n in ('lr', 'wd', 'wd_bn_bias', 'train_bn', 'moms', 'path', 'model_dir')}
-    return Learner(learn.dls, model, CrossEntropyLossFlat(), opt_func=opt_func, metrics=accuracy, **shared)
+    return Learner(learn.dls, model, _loss_beside(learn), opt_func=opt_func, metrics=accuracy, **shared)
+
+def _loss_beside(learn):
+    "What `learn` says about cross-entropy; plain cross-entropy where a robust loss of one's own goes with another loss function"
+    try: return as_loss_func(cross_entropy_of(learn.loss_func))
+    except ValueError: return CrossEntropyLossFlat()
 
 # %% ../../nbs/training/standard.ipynb #e849f47b
 class StandardPolicy(Registered):
@@ -85,11 +102,12 @@ class StandardPolicy(Registered):
     @property
     def model(self): return self.learner.model
 
-    def build(self, learn, n_classes, img_size, device):
+    def build(self, learn, n_classes, img_size, device, in_chans=3):
         "Make the learner, once"
-        if self._learner is None: self._learner = standard_learner(self.standard, learn, n_classes, img_size, self.opt_func)
+        if self._learner is None:
+            self._learner = standard_learner(self.standard, learn, n_classes, img_size, self.opt_func, in_chans)
         self.model.to(device)
-        if hasattr(learn, 'channels_last'): self.model.to(memory_format=torch.channels_last)
+        if callback_of(learn, ChannelsLast): self.model.to(memory_format=torch.channels_last)
 
     def train_mode(self): self.model.train()
     def view(self, x:Tensor) -> Output:
@@ -120,8 +138,9 @@ def warm_up(self:StandardPolicy, learn):
 
 @patch
 def _train_alone(self:StandardPolicy, learn):
-    cbs = MixedPrecision(learn.mixed_precision.amp_mode) if hasattr(learn, 'mixed_precision') else None
-    bar = nullcontext() if hasattr(learn, 'progress') else self.learner.no_bar()
+    precision = callback_of(learn, MixedPrecision)
+    cbs = MixedPrecision(precision.amp_mode) if precision else None
+    bar = nullcontext() if callback_of(learn, ProgressCallback) else self.learner.no_bar()
     with undisturbed(self.learner.dls.train), bar, self.learner.no_logging():
         if self.seed is not None: seed_all(self.seed)
         self.learner.fit_one_cycle(self.warmup, self.warmup_lr, cbs=cbs)
@@ -139,6 +158,8 @@ def _save_warm(self:StandardPolicy, path):
 
 @patch
 def _load_warm(self:StandardPolicy, state):
+    if not isinstance(state, dict) or not {'model', 'opt'} <= state.keys():
+        raise ValueError(f'{self.keep} is no standard model after its warm-up: remove it, and the warm-up is made again')
     load_weights(self.model, state['model'])
     if self.learner.opt: self.learner.opt.load_state_dict(state['opt'])
 
@@ -150,11 +171,12 @@ def step_beside(
 ):
     "An optimizer step of `learner` in the way of `leader`: with its gradient scaler, clipping and hyper-parameters"
     opt = learner.opt
-    scaler = leader.scaler if hasattr(leader, 'mixed_precision') else None
+    scaler = leader.scaler if callback_of(leader, MixedPrecision) else None
+    clip = callback_of(leader, GradientClip)
     if follow: _follow(opt, leader.opt)
-    if hasattr(leader, 'gradient_clip'):
+    if clip:
         if scaler: scaler.unscale_(opt)
-        nn.utils.clip_grad_norm_(learner.model.parameters(), leader.gradient_clip.max_norm, leader.gradient_clip.norm_type)
+        nn.utils.clip_grad_norm_(learner.model.parameters(), clip.max_norm, clip.norm_type)
     if scaler: scaler.step(opt)
     else: opt.step()
     opt.zero_grad()
@@ -178,11 +200,18 @@ class CoTrained(StandardPolicy):
         super().__init__(standard, warmup, warmup_lr, **kwargs)
         self.follow,self.opt_func = check_flag('follow', follow),opt_func
 
-    def build(self, *args):
-        super().build(*args)
+    def build(self, learn, n_classes, img_size, device, in_chans=3):
+        super().build(learn, n_classes, img_size, device, in_chans)
         if not self.learner.opt: self.learner.create_opt()
+        self._ce = self._cross_entropy(n_classes, device)
 
-    def loss(self, out, y): return F.cross_entropy(out.logits, y)
+    def _cross_entropy(self, n_classes, device):
+        "What its learner says: as the main learner, or a learner of one's own"
+        ce = cross_entropy_of(self.learner.loss_func, 'standard learner')
+        check_class_weights(ce.weight, n_classes)
+        return replace(ce, weight=None if ce.weight is None else ce.weight.to(device))
+
+    def loss(self, out, y): return self._ce(out.logits, y)
     def step(self, learn): step_beside(self.learner, learn, self.follow)
 
     def state_dict(self): return dict(super().state_dict(), opt=self.learner.opt.state_dict())
@@ -217,11 +246,11 @@ class FitInput(nn.Module):
     "A net for images of another size: they are resized before it"
     def __init__(self,
         net:nn.Module, # On images of `size`
-        size:int # Height and width in pixels
+        size # In pixels: a number, or (height, width)
     ):
         super().__init__()
         self.net,self.size = net,size
-    def forward(self, x): return self.net(F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True))
+    def forward(self, x): return self.net(F.interpolate(x, height_and_width(self.size), mode='bilinear', antialias=True))
     def get_classifier(self): return find_classifier(self.net)
 
 _pretrained = 'pretrained:'
@@ -233,7 +262,7 @@ def is_trained(source) -> bool:
 def trained_standard(
     source, # Folder of a run with the method `standard`, a checkpoint of a run, or 'pretrained:NAME', as in 'pretrained:resnet18.a1_in1k'
     n_classes:int, # Classes of the data, to compare
-    img_size:int # Size of the data's images in pixels
+    img_size # Size of the data's images in pixels: a number, or (height, width)
 ) -> nn.Module: # On images in [0,1] of `img_size`
     "A standard model that is already trained; one of timm's keeps its own classes (topology needs its features only)"
     if str(source).startswith(_pretrained): return _from_timm(str(source).removeprefix(_pretrained), img_size)
