@@ -31,6 +31,7 @@ def test_page_of_files_names_all_that_is_written(tmp_path):
     recipe = make_recipe('digits', epochs=1, steps=1, warmup=1, n_train=48, n_test=20, bs=16)
     train_run(run, recipe, ('standard', 'at+train+ema'), attacks=('natural', 'pgd1'))
     evaluate_run(run, 'natural,pgd1+cw1,topology', images=True, n_support=20, pictures='all')
+    evaluate_run(run, 'natural', methods=['standard'], n=10)
     compare_runs([run], compared)
     text = (root/'docs'/'files.md').read_text(encoding='utf-8')
     sections = dict(re.findall(r'^## (.+?)\n(.*?)(?=^## |\Z)', text, re.M | re.S))
@@ -43,7 +44,8 @@ def test_page_of_files_names_all_that_is_written(tmp_path):
     for f in (f.relative_to(run) for f in run.rglob('*') if f.is_file()):
         if f.parts[0] == 'evaluation':
             inside = '/'.join(f.parts[2:])
-            assert (parts if inside.startswith('parts/') else inside) in named('The folder of an evaluation'), f
+            inside = parts if inside.startswith('parts/') else re.sub(r'-balanced-[\w-]+', '-SUBSET', inside)
+            assert inside in named('The folder of an evaluation'), f
         else: assert re.sub(r'checkpoints/.+/', 'checkpoints/METHOD/', f.as_posix()) in named('The folder of a run'), f
     assert {f.name for f in compared.iterdir()} <= named('The folder of a comparison')
 
@@ -53,7 +55,7 @@ def test_page_of_files_names_all_that_is_written(tmp_path):
     several = [r for name in ('results', 'evaluation') for r in json.loads((run/f'{name}.json').read_text())]
     assert set().union(*several) == first_column('results.json and evaluation.json')
     records = [r[which] for r in several for which in ('last', 'best', 'average') if which in r]
-    records += [json.loads(f.read_text()) for f in (run/'evaluation').glob('*/evaluation.json')]
+    records += [json.loads(f.read_text()) for f in (run/'evaluation').glob('*/evaluation*.json')]
     assert set().union(*records) == first_column('A record')
     assert {r['version'] for r in records} == {2} and 'This is version 2.' in sections['A record']
     assert set().union(*(r['settings'] for r in records)) <= named('A record')
