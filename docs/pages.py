@@ -16,6 +16,7 @@ wings = dict( # in the order in which they are read; a folder that is not named 
     core='What everything stands on', data='Images', models='Networks', attacks='The adversary', pieces='Pieces of methods',
     training='Training', evaluation='Evaluation', runs='Runs, pictures and reports', cli='Command line')
 lessons = dict(learn='Learn', method='The method') # folders of notebooks that are no modules; those in no folder belong to the first
+reading_order = 'folder', 'reading', 'choosing', 'own_code', 'own_pieces', 'going_on', 'gpu' # of lessons; others follow by name
 
 
 def markdown(text, **metadata): return dict(cell_type='markdown', metadata=metadata, source=text)
@@ -262,7 +263,7 @@ def pieces_page():
 def lesson_pages(pages):
     "`{name: text}`: the first page, the lists of lessons, and the pages that are written by hand"
     groups = {f: [p for p in ps if p.name not in ('tour', 'results')] for f,ps in by_folder(pages).items() if not is_wing(ps)}
-    result = {f.stem: f.read_text(encoding='utf-8') for f in docs.glob('*.md') if f.stem not in ('reference', 'pieces')}
+    result = {f.stem: f.read_text(encoding='utf-8') for f in docs.glob('*.md') if f.stem not in ('reference', 'pieces', *lessons)}
     for folder,title in lessons.items():
         if groups.get(folder) or folder == 'learn': result[f'{folder}/index'] = lesson_list(folder, title, groups.get(folder, []))
     sections = [f'{title} </{f}/index>' for f,title in lessons.items() if f'{f}/index' in result]
@@ -273,7 +274,10 @@ def lesson_pages(pages):
     return result
 
 def lesson_list(folder, title, pages):
+    pages = sorted(pages, key=lambda p: [*reading_order, p.name.split('/')[-1]].index(p.name.split('/')[-1]))
     first = ['| [On one page](/tour.ipynb) | What it does, in Python and in the shell |'] if folder == 'learn' else []
     rows = [f'| [{p.title}](/{p.name}.ipynb) | {p.subtitle} |' for p in pages]
     names = [*(['On one page </tour>'] if first else []), *(f'{p.title} </{p.name}>' for p in pages)]
-    return '\n'.join([f'# {title}', '', '| page | what it is about |', '| --- | --- |', *first, *rows, '', toctree(names)])
+    about = docs/f'{folder}.md' # what stands above the list
+    head = about.read_text(encoding='utf-8') if about.is_file() else f'# {title}\n'
+    return '\n'.join([head, '| page | what it is about |', '| --- | --- |', *first, *rows, '', toctree(names)])
