@@ -1,5 +1,5 @@
 "Pages of the site: those that nbdev makes of the notebooks, in the form that Sphinx reads, and those that are made from the code"
-import importlib, inspect, json, re
+import importlib, inspect, json, posixpath, re
 from functools import cached_property
 from pathlib import Path
 
@@ -157,7 +157,7 @@ def links(text, page, pages):
     here = Path('/'+page.name).parent
     def link(match):
         label,target,anchor = match[1],match[2],match[3] or ''
-        name = re.sub(r'^/?(nbs/)?', '', target) if target.startswith(('/', 'nbs/')) else (here/target).as_posix().lstrip('/')
+        name = re.sub(r'^/?(nbs/)?', '', target) if target.startswith(('/', 'nbs/')) else posixpath.normpath(here/target).lstrip('/')
         if name == 'index': name = 'tour'
         if name not in pages: return match[0]
         symbol = label.strip('`')
