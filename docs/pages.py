@@ -17,10 +17,9 @@ wings = dict( # in the order in which they are read; a folder that is not named 
     core='What everything stands on', data='Images', models='Networks', attacks='The adversary', pieces='Pieces of methods',
     training='Training', evaluation='Evaluation', runs='Runs, pictures and reports', cli='Command line')
 lessons = dict(learn='Learn', method='The method') # folders of notebooks that are no modules; those in no folder belong to the first
-orders = dict(method='train losses adversaries relations weights threats'.split()) # of the pages of a folder; others follow
-overviews = dict( # what stands above the list
-    method='''[How TRAIN works](/method/train.ipynb) tells the method from the beginning, with what was decided where the paper is silent and what was measured for and against it. Then a page for each family of the methods that it is combined and compared with: ideas in
-two sentences, formulas, costs, and departures from the papers. The last page is about what an accuracy under attack means.''')
+reading_order = ( # of lessons; others follow by name
+    'folder', 'reading', 'choosing', 'own_code', 'own_pieces', 'going_on', 'gpu',
+    'train', 'losses', 'adversaries', 'relations', 'weights', 'threats')
 
 
 def markdown(text, **metadata): return dict(cell_type='markdown', metadata=metadata, source=text)
@@ -161,7 +160,7 @@ def links(text, page, pages):
     here = Path('/'+page.name).parent
     def link(match):
         label,target,anchor = match[1],match[2],match[3] or ''
-        name = re.sub(r'^/?(nbs/)?', '', target) if target.startswith(('/', 'nbs/')) else posixpath.normpath((here/target).as_posix()).lstrip('/')
+        name = re.sub(r'^/?(nbs/)?', '', target) if target.startswith(('/', 'nbs/')) else posixpath.normpath(here/target).lstrip('/')
         if name == 'index': name = 'tour'
         if name not in pages: return match[0]
         symbol = label.strip('`')
@@ -289,7 +288,7 @@ def fields_table(c, more):
 def lesson_pages(pages):
     "`{name: text}`: the first page, the lists of lessons, and the pages that are written by hand"
     groups = {f: [p for p in ps if p.name not in ('tour', 'results')] for f,ps in by_folder(pages).items() if not is_wing(ps)}
-    result = {f.stem: f.read_text(encoding='utf-8') for f in docs.glob('*.md') if f.stem not in ('reference', 'pieces', 'files')}
+    result = {f.stem: f.read_text(encoding='utf-8') for f in docs.glob('*.md') if f.stem not in ('reference', 'pieces', 'files', *lessons)}
     for folder,title in lessons.items():
         if groups.get(folder) or folder == 'learn': result[f'{folder}/index'] = lesson_list(folder, title, groups.get(folder, []))
     sections = [f'{title} </{f}/index>' for f,title in lessons.items() if f'{f}/index' in result]
@@ -299,13 +298,11 @@ def lesson_pages(pages):
     result['index'] += '\n' + toctree(entries)
     return result
 
-def in_order(folder, pages):
-    names = [f'{folder}/{name}' for name in orders.get(folder, ())]
-    return sorted(pages, key=lambda p: names.index(p.name) if p.name in names else len(names))
-
 def lesson_list(folder, title, pages):
-    pages = in_order(folder, pages)
+    pages = sorted(pages, key=lambda p: [*reading_order, p.name.split('/')[-1]].index(p.name.split('/')[-1]))
     first = ['| [On one page](/tour.ipynb) | What it does, in Python and in the shell |'] if folder == 'learn' else []
     rows = [f'| [{p.title}](/{p.name}.ipynb) | {p.subtitle} |' for p in pages]
     names = [*(['On one page </tour>'] if first else []), *(f'{p.title} </{p.name}>' for p in pages)]
-    return '\n'.join([f'# {title}', '', overviews.get(folder, ''), '', '| page | what it is about |', '| --- | --- |', *first, *rows, '', toctree(names)])
+    about = docs/f'{folder}.md' # what stands above the list
+    head = about.read_text(encoding='utf-8') if about.is_file() else f'# {title}\n'
+    return '\n'.join([head, '| page | what it is about |', '| --- | --- |', *first, *rows, '', toctree(names)])
