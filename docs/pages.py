@@ -1,8 +1,9 @@
 "Pages of the site: those that nbdev makes of the notebooks, in the form that Sphinx reads, and those that are made from the code"
-import importlib, inspect, json, re
+import importlib, inspect, json, posixpath, re
 from functools import cached_property
 from pathlib import Path
 
+from fastcore.docments import docments
 from fastcore.script import anno_parser
 import yaml
 
@@ -16,6 +17,9 @@ wings = dict( # in the order in which they are read; a folder that is not named 
     core='What everything stands on', data='Images', models='Networks', attacks='The adversary', pieces='Pieces of methods',
     training='Training', evaluation='Evaluation', runs='Runs, pictures and reports', cli='Command line')
 lessons = dict(learn='Learn', method='The method') # folders of notebooks that are no modules; those in no folder belong to the first
+reading_order = ( # of lessons; others follow by name
+    'folder', 'reading', 'choosing', 'own_code', 'own_pieces', 'going_on', 'gpu',
+    'train', 'losses', 'adversaries', 'relations', 'weights', 'threats')
 
 
 def markdown(text, **metadata): return dict(cell_type='markdown', metadata=metadata, source=text)
@@ -156,7 +160,7 @@ def links(text, page, pages):
     here = Path('/'+page.name).parent
     def link(match):
         label,target,anchor = match[1],match[2],match[3] or ''
-        name = re.sub(r'^/?(nbs/)?', '', target) if target.startswith(('/', 'nbs/')) else (here/target).as_posix().lstrip('/')
+        name = re.sub(r'^/?(nbs/)?', '', target) if target.startswith(('/', 'nbs/')) else posixpath.normpath(here/target).lstrip('/')
         if name == 'index': name = 'tour'
         if name not in pages: return match[0]
         symbol = label.strip('`')
@@ -190,6 +194,7 @@ def reference_pages(pages):
     result['reference/names'] = names_page(groups)
     result['reference/commands'] = commands_page()
     result['reference/pieces'] = pieces_page()
+    result['reference/files'] = files_page()
     return result
 
 def alone(folder, pages): return [p.name for p in pages] == [folder]
@@ -212,7 +217,7 @@ def reference_page(groups):
         body = ps[0].subtitle if alone(f, ps) else ', '.join(p.title for p in ps)
         cards.append(f':::{{grid-item-card}} {wing_title(f)}\n:link: {link}\n:link-type: doc\n\n{body}\n:::')
     text = (docs/'reference.md').read_text(encoding='utf-8')
-    entries = ['names', 'commands', 'pieces', *(entry(f, ps) for f,ps in groups.items())]
+    entries = ['names', 'commands', 'pieces', 'files', *(entry(f, ps) for f,ps in groups.items())]
     return text.replace('<!-- wings -->', '::::{grid} 1 1 2 3\n:gutter: 2\n\n' + '\n'.join(cards) + '\n::::') + '\n' + toctree(entries)
 
 def names_page(groups):
@@ -258,11 +263,32 @@ def pieces_page():
         lines.append('')
     return '\n'.join(lines)
 
+def files_page():
+    "What is in the files that are written, with the fields of two classes"
+    from fastrain.cli import train
+    from fastrain.evaluation.record import Row
+    from fastrain.runs.recipe import Recipe
+    options = {n: re.sub(r' \(default.*\)$', '', text) for n,text in docments(train).items() if text}
+    more = dict(mom='Momentum of SGD', small_images='Stem for small images; null: by their size', high='See `low`')
+    tables = {'<!-- recipe -->': fields_table(Recipe, options | more), '<!-- row -->': fields_table(Row, more)}
+    text = (docs/'files.md').read_text(encoding='utf-8')
+    for mark,table in tables.items(): text = text.replace(mark, table)
+    return text
+
+def fields_table(c, more):
+    "Fields of a dataclass with the comments beside them, or `more` for those without"
+    types = dict(str='text', int='number', float='number', bool='true or false', tuple='list of numbers')
+    rows = ['| field | type | what it is |', '| --- | --- | --- |']
+    for name,a in docments(c, full=True).items():
+        words = (a['docment'] or more.get(name, '')).replace('None', 'null')
+        if name != 'return': rows.append(f'| `{name}` | {types[a["anno"].__name__]} | {cell(words)} |')
+    return '\n'.join(rows)
+
 
 def lesson_pages(pages):
     "`{name: text}`: the first page, the lists of lessons, and the pages that are written by hand"
     groups = {f: [p for p in ps if p.name not in ('tour', 'results')] for f,ps in by_folder(pages).items() if not is_wing(ps)}
-    result = {f.stem: f.read_text(encoding='utf-8') for f in docs.glob('*.md') if f.stem not in ('reference', 'pieces')}
+    result = {f.stem: f.read_text(encoding='utf-8') for f in docs.glob('*.md') if f.stem not in ('reference', 'pieces', 'files', *lessons)}
     for folder,title in lessons.items():
         if groups.get(folder) or folder == 'learn': result[f'{folder}/index'] = lesson_list(folder, title, groups.get(folder, []))
     sections = [f'{title} </{f}/index>' for f,title in lessons.items() if f'{f}/index' in result]
@@ -273,7 +299,10 @@ def lesson_pages(pages):
     return result
 
 def lesson_list(folder, title, pages):
+    pages = sorted(pages, key=lambda p: [*reading_order, p.name.split('/')[-1]].index(p.name.split('/')[-1]))
     first = ['| [On one page](/tour.ipynb) | What it does, in Python and in the shell |'] if folder == 'learn' else []
     rows = [f'| [{p.title}](/{p.name}.ipynb) | {p.subtitle} |' for p in pages]
     names = [*(['On one page </tour>'] if first else []), *(f'{p.title} </{p.name}>' for p in pages)]
-    return '\n'.join([f'# {title}', '', '| page | what it is about |', '| --- | --- |', *first, *rows, '', toctree(names)])
+    about = docs/f'{folder}.md' # what stands above the list
+    head = about.read_text(encoding='utf-8') if about.is_file() else f'# {title}\n'
+    return '\n'.join([head, '| page | what it is about |', '| --- | --- |', *first, *rows, '', toctree(names)])

@@ -1,4 +1,4 @@
-"The worked example of nbs/own_pieces.ipynb, as a user has it: a file outside the package"
+"The worked example of nbs/learn/own_pieces.ipynb, as a user has it: a file outside the package"
 import json
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from fastrain.pieces.losses import RobustLoss
 from fastrain.pieces.relations import Relation
 from fastrain.pieces.strategies import Strategy
 
-notebook = json.loads((Path(__file__).parent.parent/'nbs'/'own_pieces.ipynb').read_text(encoding='utf-8'))
+notebook = json.loads((Path(__file__).parent.parent/'nbs'/'learn'/'own_pieces.ipynb').read_text(encoding='utf-8'))
 sources = [''.join(c['source']) for c in notebook['cells']]
 code = '\n\n'.join(s for s in sources if s.startswith('# own_pieces.py'))
 train = ['train', '--load', 'own_pieces.py', '--out', 'run']
