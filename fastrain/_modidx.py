@@ -216,6 +216,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastrain.core._errors_of_writing': ('core.html#_errors_of_writing', 'fastrain/core.py'),
                                'fastrain.core._plain': ('core.html#_plain', 'fastrain/core.py'),
                                'fastrain.core._plain_state': ('core.html#_plain_state', 'fastrain/core.py'),
+                               'fastrain.core._same_definition': ('core.html#_same_definition', 'fastrain/core.py'),
                                'fastrain.core._umask': ('core.html#_umask', 'fastrain/core.py'),
                                'fastrain.core._why_unsafe': ('core.html#_why_unsafe', 'fastrain/core.py'),
                                'fastrain.core._within': ('core.html#_within', 'fastrain/core.py'),

@@ -34,8 +34,14 @@ def check_key(
     if not isinstance(key, str) or not _a_key.fullmatch(key):
         raise ValueError(f'{new.__qualname__}: the key {shown(key)} cannot name a file. Write at most 60 letters, digits, _, - or .')
     old = taken.get(key, new)
-    if (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__): return key
+    if _same_definition(old, new): return key
     raise ValueError(f'{new.__qualname__}: the key {key!r} belongs to {old.__module__}.{old.__qualname__}. Give another key')
+
+def _same_definition(old, new):
+    "Is one the other, defined anew? In a notebook that makes a module, the classes of the module are those of `__main__`"
+    modules = {old.__module__, new.__module__}
+    return old.__qualname__ == new.__qualname__ and (len(modules) == 1 or '__main__' in modules)
+
 
 # %% ../nbs/core.ipynb #5f40797a
 class Registered:

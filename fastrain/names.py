@@ -8,6 +8,18 @@ __all__ = ['lookup']
 # %% ../nbs/names.ipynb #da000003
 import difflib, re
 
+# %% ../nbs/names.ipynb #c0e0001a
+def shown(o) -> str:
+    "`o` as a message shows it, cut if it is long"
+    try: text = repr(o)
+    except ValueError: return 'a number of thousands of digits' # Python writes no more than 4,300
+    return text if len(text) <= 100 else f'{text[:100]}...'
+
+def check_name(kind:str, name) -> str:
+    "`name` if it can be the name of a `kind`, or a `ValueError`"
+    if isinstance(name, str) and len(name) <= 1000: return name
+    raise ValueError(f'{kind} {shown(name)}: expected a name of at most 1000 characters')
+
 # %% ../nbs/names.ipynb #f2fc66c2
 def lookup(
     name:str, # What the user typed
@@ -21,18 +33,6 @@ def lookup(
     if near: hint = f'Did you mean {" or ".join(map(repr, near))}?'
     else: hint = f'Choose one of {", ".join(valid[:20])}.'
     raise ValueError(f'Unknown {kind} {shown(name)}. {hint}')
-
-# %% ../nbs/names.ipynb #c0e0001a
-def shown(o) -> str:
-    "`o` as a message shows it, cut if it is long"
-    try: text = repr(o)
-    except ValueError: return 'a number of thousands of digits' # Python writes no more than 4,300
-    return text if len(text) <= 100 else f'{text[:100]}...'
-
-def check_name(kind:str, name) -> str:
-    "`name` if it can be the name of a `kind`, or a `ValueError`"
-    if isinstance(name, str) and len(name) <= 1000: return name
-    raise ValueError(f'{kind} {shown(name)}: expected a name of at most 1000 characters')
 
 # %% ../nbs/names.ipynb #da000006
 def split_list(

@@ -18,11 +18,11 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientClip
-from fastai.learner import Learner
+from fastai.learner import Learner, noop # fastai's own `noop`: `no_logging` is told by it
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import noop, patch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
