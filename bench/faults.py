@@ -173,15 +173,17 @@ def _try(job):
     fault,before,wanted = job
     return fault,survive(fault, before, wanted)
 
+def _kinds_at(at, kinds, each): return kinds if each else [kinds[at % len(kinds)]]
+
 @call_parse
 def main(
     result:str='runs/faults.json', # File for the counts
     commands:str=','.join(COMMANDS), # Commands, comma-separated
     kinds:str=','.join(KINDS), # Kinds of faults, comma-separated
-    every:int=1, # Take each so-manieth write only
+    each:bool=False, # Make each kind at each write? Else the kinds take turns
     workers:int=2 # Processes at once
 ):
-    "Make each fault at each write once"
+    "Make a fault at each write"
     torch.set_num_threads(1)
     jobs,counts,failed = [],{},[]
     with tempfile.TemporaryDirectory() as tmp:
@@ -189,8 +191,8 @@ def main(
             before,wanted,writes = points(command, tmp)
             counts[command] = dict(writes=len(writes), **Counter(w.split()[0] for w in writes))
             print(command, counts[command])
-            for at in range(0, len(writes), every):
-                jobs += [(Fault(command, kind, at), before, wanted) for kind in kinds.split(',')]
+            for at in range(len(writes)):
+                jobs += [(Fault(command, kind, at), before, wanted) for kind in _kinds_at(at, kinds.split(','), each)]
         with get_context('fork').Pool(workers) as pool:
             for i,(fault,wrong) in enumerate(pool.imap_unordered(_try, jobs)):
                 if wrong: failed.append(dict(fault._asdict(), wrong=wrong))

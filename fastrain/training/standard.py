@@ -7,7 +7,7 @@ __all__ = ['standard_learner', 'learner_beside', 'StandardPolicy', 'step_beside'
            'is_trained', 'trained_standard']
 
 # %% ../../nbs/training/standard.ipynb #2fdc24f7
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,7 +141,8 @@ def _train_alone(self:StandardPolicy, learn):
     precision = callback_of(learn, MixedPrecision)
     cbs = MixedPrecision(precision.amp_mode) if precision else None
     bar = nullcontext() if callback_of(learn, ProgressCallback) else self.learner.no_bar()
-    with undisturbed(self.learner.dls.train), bar, self.learner.no_logging():
+    with ExitStack() as kept, bar, self.learner.no_logging():
+        for dl in self.learner.dls.loaders: kept.enter_context(undisturbed(dl)) # a warm-up that is loaded draws nothing
         if self.seed is not None: seed_all(self.seed)
         self.learner.fit_one_cycle(self.warmup, self.warmup_lr, cbs=cbs)
     if learn.logger is not noop: print(f'standard model: {self.warmup} epochs alone, {_last_row(self.learner)}')
