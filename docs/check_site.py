@@ -13,7 +13,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 site = Path(__file__).resolve().parent/'_build'/'html'
 flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
          '--disable-component-update', '--disable-sync', '--hide-scrollbars']
-kinds = dict(first='index.html', lessons='learn/index.html', tour='tour.html', lesson='learn/own_pieces.html', reference='reference/index.html',
+kinds = dict(first='index.html', lessons='learn/index.html', tour='tour.html', lesson='learn/own_pieces.html', reading='learn/reading.html',
+             method='method/train.html', files='reference/files.html', reference='reference/index.html',
              wing='pieces/index.html', module='training/callback.html', formulas='pieces/relations.html', pictures='runs/plots.html',
              names='reference/names.html', commands='reference/commands.html', pieces='reference/pieces.html', results='results.html',
              questions='questions.html', contribute='contribute.html', search='search.html?q=TRAINCallback',
