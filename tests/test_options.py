@@ -13,7 +13,7 @@ NUMBER = ['abc', 'nan', 'inf', '-1', ''] # for a number
 SIZE = ['abc', '-1', 'nan', 'inf', '8/', '1/0', ''] # for a size of a perturbation
 NAME = ['nowhere', '', LONG]
 FILES = ['nowhere.py', '', 'a.py,,b.py', LONG]
-ATTACKS = ['nowhere', 'pgd0', 'pgd20,,fgsm', 'pgd20@', 'pgd20@-1', 'pgd20+', 'topology+pgd20', '', LONG]
+ATTACKS = ['nowhere', 'pgd20,,fgsm', 'pgd20@', 'pgd20@-1', 'pgd20+', 'topology+pgd20', '', LONG]
 METHODS = ['nowhere', 'at+', '+train', 'at,,trades', 'trades(', 'trades(beta=3', 'trades(beta=abc)', 'trades(nowhere=1)', 'trades:',
            'trades:beta=3,beta=4', 'trades:beta=abc', 'at+trades', '', LONG]
 SEED = ['abc', '1.5', str(2**64), '']

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .autoattack import AutoAttack, OfficialAttack
 from .pgd import FGSM, PGD, Plan, as_size, norms, objectives, random_noise, starts
 from .worst import WorstCase
-from ..core import Registered, check_name, check_number, lookup, parse_eps
+from ..core import Registered, check_name, lookup, parse_eps
 
 # %% ../../nbs/attacks/named.ipynb #0ea9c885
 class WhileRight(PGD):
@@ -159,7 +159,6 @@ def _checked_name(base, key, steps, convention, size):
     if steps and kind.steps is None:
         numbered = [k for k,c in AttackKind.registry.items() if c.steps is not None]
         raise ValueError(f'{base!r}: only {" and ".join(numbered)} have a number of steps')
-    if steps: check_number(f'steps of {base}', int(steps), at_least=1, whole=True, what='number of steps')
     if size and key == 'natural': raise ValueError(f'\'{base}@{size}\': natural images have no ε')
     return _Name(base, kind, int(steps) if steps else kind.steps, convention, size)
 
