@@ -1,5 +1,5 @@
 "Evaluation of runs, checkpoints and anybody's models; comparisons; pictures and reports; and all of it from the shell"
-import json, re, shutil, sys
+import json, re, shlex, shutil, sys
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +18,7 @@ from fastrain.runs.compare import _figures, _measured, _pairs, compare_runs, pai
 from fastrain.runs.evaluate import evaluate_any, evaluate_run, load_any, rescore_run
 from fastrain.runs.gallery import Exhibits, draw_pictures, picture, pictures
 from fastrain.runs.recipe import make_recipe
-from fastrain.runs.report import html_page, write_report
+from fastrain.runs.report import Section, html_page, sort_tables, write_report
 from fastrain.runs.run import Run, checkpoint_in_run
 from fastrain.runs.train import train_run
 
@@ -299,7 +299,34 @@ def test_page_is_self_contained(runs):
     page = (runs/'seed3'/'report.html').read_text()
     assert page.startswith('<!doctype html>') and '<title>digits: standard' in page and '<table>' in page
     assert page.count('data:image/png;base64,') == 4 and not re.search(r'(src|href)="(?!data:)', page)
-    assert '<script>' not in html_page('# <script>alert(1)</script>\n\n<script>x</script>', runs)
+    script = '<script>alert(1)</script>'
+    assert script not in html_page(Section(script, script, [Section(script)]), runs)
+
+def test_page_is_folded_and_sorts(tmp_path):
+    "Settings behind their title, two parts beside each other, the script that the site has, too"
+    parts = [Section('Settings', '`bs` is 3.', folded=True), None, Section('Pictures', parts=[Section('', 'a'), Section('', 'b')])]
+    page = Section('at & more', 'Text.', parts)
+    text = html_page(page, tmp_path)
+    assert '<title>at &amp; more</title>' in text and '<summary><h2>Settings</h2></summary>' in text and sort_tables in text
+    assert text.count('<div class="parts">') == 1 and 'http' not in text
+    assert page.markdown() == '# at & more\n\nText.\n\n## Settings\n\n`bs` is 3.\n\n## Pictures\n\na\n\nb\n'
+
+def test_report_says_what_made_it(run, monkeypatch):
+    "The commands of training and evaluation, each once; runs that kept none show none"
+    assert '```sh' not in (run/'report.md').read_text()
+    made_by = [f'fastrain evaluate {run} --attacks {name} --method at --which last --device cpu' for name in ('fgsm', 'noise')]
+    for command in made_by: shell(monkeypatch, *shlex.split(command)[1:])
+    assert '\n'.join(['```sh', *made_by, '```']) in (run/'report.md').read_text()
+    assert Run(run).evaluations[1]['last']['settings']['commands'] == made_by
+
+def test_shell_trains_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(fastrain.runs.evaluate, 'draw_pictures', lambda *args: None)
+    options = '--method', "at+train'", '--epochs', 1, '--steps', 1, '--warmup', 1, '--n-train', 48, '--n-test', 20, '--bs', 16, '--device', 'cpu'
+    shell(monkeypatch, 'train', '--out', tmp_path/'run', *options)
+    typed = (f'fastrain train --method \'at+train\'"\'"\'\' --out {tmp_path/"run"} --epochs 1 --bs 16 --steps 1 --warmup 1 '
+             '--n-train 48 --n-test 20 --device cpu')
+    saved = json.loads((tmp_path/'run'/'settings.json').read_text())
+    assert saved['command'] == typed and f'```sh\n{typed}\n```' in (tmp_path/'run'/'report.md').read_text()
 
 def test_report_without_evaluation(run):
     (run/'report.md').unlink()
@@ -391,7 +418,7 @@ def test_shell_with_own_attack_measure_and_picture(run, tmp_path, monkeypatch, c
         shell(monkeypatch, 'compare', run, '--out', tmp_path/'compared', '--load', tmp_path/'own.py')
         assert 'Halving' in capsys.readouterr().out
         page,compared = (run/'report.md').read_text(),(tmp_path/'compared'/'report.md').read_text()
-        assert '| method | natural | PGD-20 | Halving | worst case | L_TP | sure |' in page
+        assert '| method | natural | PGD-20 | Halving | worst case | AutoAttack | L_TP | sure |' in page
         assert '*Nothing at all.*' in page and '| Halving |' in page
         assert '| at | at+train | Halving |' in compared and '| 25.00 |' in compared
     finally:

@@ -217,9 +217,9 @@ def test_another_size_is_another_column(out):
     r = known(out)['at']
     assert {'pgd20', 'pgd20@1/255'} <= {*r['last']['figures']}
     assert r['l_tp_attack'] == 'pgd20' and 'best' in r
-    line = accuracy_line(out)
-    assert 'ε = 0.15 where a column does not say otherwise' in line and 'step 0.015 (PGD-20), 0.000392 (PGD-20@1/255)' in line
-    assert '| natural | PGD-20 | PGD-20@1/255 |' in (out/'report.md').read_text()
+    text = (out/'report.md').read_text()
+    assert 'ε = 0.15; step 0.015. ' in accuracy_line(out) and '| natural | PGD-20 | AutoAttack | L_TP |' in text
+    assert '### Other sizes of ε\n\nε as the columns say; step 0.000392.\n\n| method | PGD-20@1/255 |\n' in text
 
 def test_methods_and_checkpoints_stay(out):
     again(out, ['natural', 'fgsm'], methods=['at'], which=['last'])
@@ -239,7 +239,7 @@ def test_few_images_of_a_run(out):
     assert r['last']['figures'] == next(b for b in before if b['method'] == 'at')['last']['figures'] and r['last']['n'] == 40
     assert [few['n'] for few in r['fewer']['last']] == [20]
     text = (out/'report.md').read_text()
-    assert accuracy_line(out).startswith('In % on 40 test images') and '| natural | PGD-20 | PGD-2 (20 images) |' in text
+    assert accuracy_line(out).startswith('In % on 40 test images') and '| natural | PGD-20 | PGD-2 (20 images) | AutoAttack |' in text
     assert '## On fewer images' in text and '### at, last epoch, 20 images' in text
     table = rescore_run(out, 'cpu')
     assert list(table.table) == list(table.rescored) and set(table.n) == {20}

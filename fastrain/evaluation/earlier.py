@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..attacks.checks import Finding
 from ..attacks.named import NamedAttack
@@ -25,17 +26,21 @@ class _Told:
 
 def _told(row, name, title, base, stages=()) -> NamedAttack:
     how = {k: row.get(k) for k in ('eps', 'alpha', 'steps', 'norm')}
-    attack = None if row['kind'] == 'natural' else _Told(row.get('settings') or '')
-    kind = 'natural' if attack is None else 'own'
+    if row['kind'] == 'natural':
+        kind,attack = 'natural',None
+    else:
+        kind,attack = 'own',_Told(row.get('settings') or '')
     return NamedAttack(name, attack, kind, title, base, row['size'], parts=tuple(stages), **how)
 
 def _told_attack(row, rows) -> NamedAttack:
-    name,title = row['name'],row['title']
+    name = row['name']
+    title = row['title']
     stages = []
     for r in rows:
         if r['kind'] != 'stage' or not r['name'].startswith(f'{name} after '): continue
         stage = r['name'].removeprefix(f'{name} after ')
-        stages.append(_told(r, stage, r['title'].removeprefix(f'{title} after '), stage))
+        stage_title = r['title'].removeprefix(f'{title} after ')
+        stages.append(_told(r, stage, stage_title, stage))
     return _told(row, name, title, row['base'], stages)
 
 # %% ../../nbs/evaluation/earlier.ipynb #15ed9a2d
@@ -48,46 +53,80 @@ class Earlier:
         model, # What is evaluated
         store # Its `Store`
     ):
-        self.record,self.columns,self.jobs,self.why = _read_if_whole(out, subset),{},[],''
+        self.record = _read_if_whole(out, subset)
         self.store = store
-        rows,files = self.record.get('rows', []),self.record.get('files') or {}
-        self.attacks = {r['name']: _told_attack(r, rows) for r in rows if r['name'] in files}
+        self.columns = {}
+        self.jobs = []
+        self.why = ''
+        self.attacks = self._attacks()
         if not self.attacks: return
-        then = self.record['settings'].get('seed', seed)
-        if then != seed: self.why = f'with seed {then}'
-        elif _weights(self.record) != store.weights(model): self.why = 'on another model'
-        else: self.jobs = [Job(model, name, a.attack, None, earlier=tuple(files[name])) for name,a in self.attacks.items()]
+        then = self.settings.get('seed', seed)
+        if then != seed:
+            self.why = f'with seed {then}'
+        elif _weights(self.record) != store.weights(model):
+            self.why = 'on another model'
+        else:
+            self.jobs = self._jobs(model)
 
-    def take(self, results:list) -> list:
-        "Keep what `measure` made of its own jobs, which come first, and return the rest"
-        mine,rest = results[:len(self.jobs)],results[len(self.jobs):]
-        self.columns = {job.name: c for job,c in zip(self.jobs, mine) if c is not None}
-        if len(self.columns) < len(mine): self.why = 'on another model, on other images or in other batches'
-        if 'natural' not in self.columns: self._leave_out_old()
-        return rest
+    @property
+    def settings(self) -> dict: return self.record.get('settings', {})
+    @property
+    def files(self) -> dict: return self.record.get('files') or {}
 
-    def _leave_out_old(self):
-        "What older versions kept can be told to be of this model by natural images alone"
-        for job in self.jobs:
-            if job.name not in self.columns or not self._is_old(job): continue
-            del self.columns[job.name]
-            self.why = self.why or 'by an older fastrain'
+    def _attacks(self) -> dict: # `{name: NamedAttack}`
+        rows = self.record.get('rows', [])
+        return {r['name']: _told_attack(r, rows) for r in rows if r['name'] in self.files}
 
-    def _is_old(self, job) -> bool:
-        "Of a version that did not keep what the model answered"
-        try: return 'answer' not in load_tensors(self.store.folder/job.earlier[0])
-        except (FileNotFoundError, ValueError, IndexError): return False
+    def _jobs(self, model) -> list:
+        jobs = []
+        for name,a in self.attacks.items():
+            files = tuple(self.files[name])
+            jobs.append(Job(model, name, a.attack, None, earlier=files))
+        return jobs
+
+# %% ../../nbs/evaluation/earlier.ipynb #da400031
+@patch
+def take(self:Earlier, results:list) -> list:
+    "Keep what `measure` made of its own jobs, which come first, and return the rest"
+    n = len(self.jobs)
+    for job,columns in zip(self.jobs, results[:n]):
+        if columns is not None: self.columns[job.name] = columns
+    if len(self.columns) < n:
+        self.why = 'on another model, on other images or in other batches'
+    if 'natural' not in self.columns: self._leave_out_old()
+    return results[n:]
+
+@patch
+def _leave_out_old(self:Earlier):
+    "What older versions kept can be told to be of this model by natural images alone"
+    for job in self.jobs:
+        if job.name not in self.columns or not self._is_old(job): continue
+        del self.columns[job.name]
+        self.why = self.why or 'by an older fastrain'
+
+@patch
+def _is_old(self:Earlier, job) -> bool:
+    "Of a version that did not keep what the model answered"
+    try:
+        first = load_tensors(self.store.folder/job.earlier[0])
+    except (FileNotFoundError, ValueError, IndexError):
+        return False
+    return 'answer' not in first
 
 def _read_if_whole(out, subset) -> dict:
     "The record of these images; empty if there is none, or if it is damaged and will be replaced"
-    try: record = read_evaluation(out, subset) if out else {}
-    except (FileNotFoundError, ValueError): return {}
-    return record if record and subset_name(record) == subset else {}
+    if not out: return {}
+    try:
+        record = read_evaluation(out, subset)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if subset_name(record) == subset else {}
 
 def _weights(record) -> str:
     "The name of the weights of a record; its files begin with it"
-    files = [f for fs in (record.get('files') or {}).values() for f in fs if f]
-    return files[0].partition('-')[0] if files else ''
+    for files in (record.get('files') or {}).values():
+        for file in filter(None, files): return file.partition('-')[0]
+    return ''
 
 # %% ../../nbs/evaluation/earlier.ipynb #14bacba2
 def joined(
@@ -100,18 +139,33 @@ def joined(
     "Earlier columns that hold, and then those of `ev`"
     kept = [k for k in earlier.columns if k not in ev.attacks]
     order = sorted([*kept, *ev.attacks], key=lambda k: k != 'natural')
-    attacks = {k: (ev.attacks.get(k) or earlier.attacks[k]) for k in order}
-    columns = {k: (ev.columns[k] if k in ev.columns else earlier.columns[k]) for k in order}
+    attacks = {}
+    columns = {}
+    for k in order:
+        attacks[k] = ev.attacks.get(k) or earlier.attacks[k]
+        columns[k] = ev.columns[k] if k in ev.columns else earlier.columns[k]
     measures,topology,on = _measures(ev, earlier, on, lambda: measured(columns, on))
+    settings = ev.settings | dict(l_tp_attack=on) | _commands(ev, earlier)
     notes = [*notes, *_losses(ev, earlier)]
-    return summarise(columns, attacks, ev.settings | dict(l_tp_attack=on), measures, topology, notes, ev.indices)
+    return summarise(columns, attacks, settings, measures, topology, notes, ev.indices)
 
+def _commands(ev, earlier) -> dict:
+    "What was typed for all that is there now, each once"
+    then = earlier.settings.get('commands', []) if earlier.columns else []
+    commands = [*then, *ev.settings.get('commands', [])]
+    return dict(commands=list(dict.fromkeys(commands))) if commands else {}
+
+# %% ../../nbs/evaluation/earlier.ipynb #da400032
 def _measures(ev, earlier, on, measured): # measures, topology, the attack that they are on
-    mine,topology,here = _no_accuracies(ev.record()),ev.topology,ev.settings['l_tp_attack']
-    then = earlier.record.get('settings', {}).get('l_tp_attack')
-    if on != then or then not in earlier.columns or then in _replaced(ev, earlier): return mine,topology,here
+    mine = _no_accuracies(ev.record())
+    topology = ev.topology
+    here = ev.settings['l_tp_attack']
+    then = earlier.settings.get('l_tp_attack')
+    holds = on == then and then in earlier.columns and then not in _replaced(ev, earlier)
+    if not holds: return mine,topology,here
     if here != then: mine,topology = measured() # on the same images as the earlier ones
-    return _no_accuracies(earlier.record) | mine,topology or earlier.record['topology'],then
+    mine = _no_accuracies(earlier.record) | mine
+    return mine,topology or earlier.record['topology'],then
 
 def _no_accuracies(record) -> dict:
     accuracies = {r['name'] for r in record['rows']}
@@ -120,50 +174,67 @@ def _no_accuracies(record) -> dict:
 # %% ../../nbs/evaluation/earlier.ipynb #79dbe6c6
 def _replaced(ev, earlier) -> list:
     "Names of attacks that were measured with other settings before"
-    both = [k for k,a in earlier.attacks.items() if a.attack is not None and k in ev.attacks]
-    return [k for k in both if repr(ev.attacks[k].attack) != repr(earlier.attacks[k].attack)]
+    names = []
+    for k,then in earlier.attacks.items():
+        if then.attack is None or k not in ev.attacks: continue
+        now = ev.attacks[k].attack
+        if repr(now) != repr(then.attack): names.append(k)
+    return names
 
 def _losses(ev, earlier):
     "Which earlier figures are no longer there, and why"
     lost = [a for k,a in earlier.attacks.items() if k not in ev.attacks and k not in earlier.columns]
-    if lost: yield _note(lost, f'had been measured {earlier.why}, and are left out. Ask for them again to have them in the table')
+    if lost:
+        yield _note(lost, f'had been measured {earlier.why}, and are left out. Ask for them again to have them in the table')
     replaced = [earlier.attacks[k] for k in _replaced(ev, earlier)]
-    if replaced: yield _note(replaced, 'had other settings, and are replaced')
+    if replaced:
+        yield _note(replaced, 'had other settings, and are replaced')
 
 def _note(attacks, what) -> str:
-    titles = [a.title if a.eps is None else f'{a.title} (ε = {a.eps:.4g})' for a in attacks]
-    return str(Finding('earlier figures', f'{", ".join(titles)} in this folder {what}'))
+    titles = ', '.join(map(_title, attacks))
+    return str(Finding('earlier figures', f'{titles} in this folder {what}'))
+
+def _title(a): return a.title if a.eps is None else f'{a.title} (ε = {a.eps:.4g})'
 
 # %% ../../nbs/evaluation/earlier.ipynb #6e185446
 def save_beside(ev:Evaluation, out):
     "Write an evaluation into a folder, where one of the same model on more images stays the first"
     out = Path(out)
-    first,name = _first(out),ev.settings['subset']
-    if first is None or not _same_model(first, ev, out): _remove(out, '*') # nothing, or nothing that belongs beside it
-    elif subset_name(first) != name and first['n'] > ev.n: return ev.save(out, f'-{name}')
-    elif subset_name(first) != name: _move_beside(out, subset_name(first))
+    first = _first(out)
+    name = ev.settings['subset']
+    if first is None or not _same_model(first, ev, out):
+        _remove(out, '*') # nothing, or nothing that belongs beside it
+    elif subset_name(first) != name:
+        if first['n'] > ev.n:
+            return ev.save(out, f'-{name}')
+        _move_beside(out, subset_name(first))
     ev.save(out)
     _remove(out, name)
 
 def _first(out):
-    try: return read_evaluation(out)
-    except (FileNotFoundError, ValueError): return None
+    try:
+        return read_evaluation(out)
+    except (FileNotFoundError, ValueError):
+        return None
 
 def _same_model(first, ev, out) -> bool:
     "Weights of one name, and on images of both the same natural margins"
-    here = [f for c in ev.columns.values() for f in c['files'] if f]
-    if _weights(first) != _weights(dict(files=dict(here=here))): return False
+    files = {name: columns['files'] for name,columns in ev.columns.items()}
+    if _weights(first) != _weights(dict(files=files)): return False
     file = out/'per_image.csv'
     if not file.is_file(): return True
-    both = pd.read_csv(file).merge(ev.per_image, on='image', suffixes=(' then', ''))
+    then = pd.read_csv(file)
+    both = then.merge(ev.per_image, on='image', suffixes=(' then', ''))
     if 'natural margin then' not in both: return True
     return np.allclose(both['natural margin then'], both['natural margin'], rtol=1e-3, atol=1e-3)
 
+# %% ../../nbs/evaluation/earlier.ipynb #da400033
 _FILES = 'evaluation{}.json','evaluation{}.md','per_image{}.csv'
 
 def _move_beside(out, name):
     for f in _FILES:
-        if (out/f.format('')).exists(): (out/f.format('')).replace(out/f.format(f'-{name}'))
+        file = out/f.format('')
+        if file.exists(): file.replace(out/f.format(f'-{name}'))
 
 def _remove(out, name):
     for f in _FILES:

@@ -78,7 +78,8 @@ def evaluate(
     checks=True, # Look for masked gradients on a few images? See `sanity_checks`
     out=None, # Folder to keep results in, and to go on from
     images:bool=False, # Keep adversarial images in `out`, too?
-    progress:bool=True # Show a bar?
+    progress:bool=True, # Show a bar?
+    command:str=None # What was typed to have it, to be kept with the figures
 ) -> Evaluation:
     "What a model is worth, naturally and under attack"
     model,notes = _float32(_module(model))
@@ -100,7 +101,9 @@ def evaluate(
     measured = partial(_measured, measures, of_standard, support, bs or batches.bs or sample.bs, ks)
     figures,topology = measured(columns, on)
     if checks: notes += _findings(model, standard, sample, attacks, norm, columns, dl)
-    settings = dict(subset=batches.name, precision=_place(model)[1], seed=seed, l_tp_attack=on, device=_place(model)[0])
+    device,precision = _place(model)
+    settings = dict(subset=batches.name, precision=precision, seed=seed, l_tp_attack=on, device=device)
+    if command: settings['commands'] = [command]
     ev = summarise(columns, attacks, settings, figures, topology, notes, batches.rows)
     of_all = on if support else _measured_on(earlier.attacks | attacks, l_tp_attack)
     if out: save_beside(joined(ev, earlier, of_all, measured, notes), out)

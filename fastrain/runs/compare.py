@@ -15,9 +15,9 @@ import pandas as pd
 
 from ..evaluation.record import read_evaluation
 from ..evaluation.scores import Measure, mcnemar, mean_spread
-from ..evaluation.tables import markdown_table
+from ..evaluation.tables import markdown_table, of_other_size, split_table
 from .plots import plot_tradeoff, save_figure
-from .report import pictures_text, save_page, sections
+from .report import Section, commands_text, pictures_section, save_page
 from .run import Run, method_in
 
 # %% ../../nbs/runs/compare.ipynb #dc454ead
@@ -28,27 +28,39 @@ class _Measured:
     name:str # Of the run, as no other has it
     label:str # Of the experiment: the name of its first run
     result:dict # As in `results.json`
+
     @property
     def method(self): return self.result['method']
     @property
     def record(self): return self.result['last']
+    @property
+    def seed(self): return self.run.recipe.seed
+    @property
+    def rows(self):
+        "Of the table; stages of an attack are left out"
+        return [row for row in self.record['rows'] if row['kind'] != 'stage']
 
 def _measured(runs) -> list:
     "What was evaluated last, after the last epoch"
-    labels,found = {},[]
+    labels = {}
+    found = []
     for run,name in zip(runs, _names_of(runs)):
         label = labels.setdefault(_all_but_seed(run), name)
-        found += [_Measured(run, name, label, r) for r in run.evaluated if 'last' in r]
+        for result in run.evaluated:
+            if 'last' in result: found.append(_Measured(run, name, label, result))
     return found
 
 def _names_of(runs) -> list:
     "The names of their folders, with the way there if two are called the same"
     names = [run.out.name for run in runs]
-    return names if len({*names}) == len(names) else [str(run.out) for run in runs]
+    if len({*names}) == len(names): return names
+    return [str(run.out) for run in runs]
 
 def _all_but_seed(run):
     "Two runs are of one experiment if this is the same; where a copy of the data lies does not matter"
-    settings = {k: v for k,v in run.recipe.settings().items() if k not in ('seed', 'path')}
+    settings = run.recipe.settings()
+    for name in ('seed', 'path'):
+        settings.pop(name)
     return json.dumps(settings, sort_keys=True)
 
 # %% ../../nbs/runs/compare.ipynb #c10c5002
@@ -56,89 +68,103 @@ _words = dict(eps='ε', alpha='step', steps='steps', norm='norm', settings='atta
 
 def _ways(m:_Measured) -> dict: # `{title: {word: value}}`
     "How each figure of a method was measured"
-    rows = [row for row in m.record['rows'] if row['kind'] != 'stage']
-    ways = {row['title']: _way(row) for row in rows}
-    for row in rows:
-        if row['kind'] == 'worst case': ways[row['title']] = _way_of_all(_parts(row, rows))
-    on = [_told(row) for row in rows if row['name'] == m.result.get('l_tp_attack')]
-    ways[Measure.of('l_tp').title] = {'attack': next(iter(on), None), 'standard model': m.result.get('anchor')}
+    ways = {}
+    for row in m.rows:
+        several = row['kind'] == 'worst case'
+        ways[row['title']] = _way_of_all(_parts(row, m.rows)) if several else _way(row)
+    on = [_told(row) for row in m.rows if row['name'] == m.result.get('l_tp_attack')]
+    attack = on[0] if on else None
+    ways[Measure.of('l_tp').title] = {'attack': attack, 'standard model': m.result.get('anchor')}
     return ways
 
 def _way(row) -> dict:
     way = {word: row.get(k) for k,word in _words.items()}
-    if way['attack']: way['attack'] = re.sub(r',? ?seed=-?\d+', '', way['attack'])
+    if way['attack']:
+        way['attack'] = re.sub(r',? ?seed=-?\d+', '', way['attack'])
     return way
 
 def _way_of_all(rows) -> dict:
+    titles = [row['title'] for row in rows]
     sizes = sorted({row['eps'] for row in rows if row.get('eps')})
-    return {'of': ', '.join(row['title'] for row in rows), 'ε': ', '.join(map(_value, sizes)) or None}
+    return {'of': ', '.join(titles), 'ε': ', '.join(map(_value, sizes)) or None}
 
-def _parts(row, rows):
+def _parts(row, rows) -> list:
+    "The attacks that a worst case is of: those in its name, or all"
+    attacks = [r for r in rows if r['kind'] == 'attack']
     names = row['name'].split('+')
-    return [r for r in rows if r['kind'] == 'attack' and (r['name'] in names or '+' not in row['name'])]
+    if len(names) == 1: return attacks
+    return [r for r in attacks if r['name'] in names]
 
-def _told(row): return f'{row["title"]} (ε = {row["eps"]:.4g})' if row.get('eps') else row['title']
+def _told(row):
+    if not row.get('eps'): return row['title']
+    return f'{row["title"]} (ε = {row["eps"]:.4g})'
 
+# %% ../../nbs/runs/compare.ipynb #da400020
 def _unlike(a:dict, b:dict) -> dict: # `{word: (value, value)}`
     "What two ways of measuring say differently"
-    return {k: (a[k], b[k]) for k in a if k in b and None not in (a[k], b[k]) and a[k] != b[k]}
+    differ = {}
+    for word,value in a.items():
+        other = b.get(word)
+        if value is None or other is None: continue
+        if value != other: differ[word] = value,other
+    return differ
 
 def _short(differ:dict) -> str:
     "Differences in a few words; the attack as a whole only if nothing else tells"
-    known = {k: v for k,v in differ.items() if k != 'attack'} or differ
-    return ', '.join(f'{k} {_value(a)} and {_value(b)}' for k,(a,b) in known.items())
+    known = {word: values for word,values in differ.items() if word != 'attack'} or differ
+    words = [f'{word} {_value(a)} and {_value(b)}' for word,(a,b) in known.items()]
+    return ', '.join(words)
 
 def _value(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
 
 # %% ../../nbs/runs/compare.ipynb #c10c5003
 def _check_repetitions(measured):
     "Errors for runs that are no repetitions of each other: of the same seed, on other images, under other attacks"
-    seeds,first,images = {},{},{}
+    of_seed,of_images,of_experiment = {},{},{}
     for m in measured:
-        twin = seeds.setdefault((m.label, m.method, m.run.recipe.seed), m)
-        if twin is not m:
-            raise ValueError(f'{twin.name} and {m.name} have the same settings and the same seed, {m.run.recipe.seed}, so that {m.method} '
-                             'would count twice: leave one of them out, or train it again with another --seed')
-        data = m.run.recipe.data,m.run.recipe.n_test
-        _check_images(images.setdefault(data, m), m)
-        _check_attacks(first.setdefault((m.label, m.method), m), m)
+        recipe = m.run.recipe
+        experiment = m.label,m.method
+        _check_seeds(of_seed.setdefault((*experiment, m.seed), m), m)
+        _check_images(of_images.setdefault((recipe.data, recipe.n_test), m), m)
+        _check_attacks(of_experiment.setdefault(experiment, m), m)
+
+def _check_seeds(first, m):
+    if first is m: return
+    raise ValueError(f'{first.name} and {m.name} have the same settings and the same seed, {m.seed}, so that {m.method} '
+                     'would count twice: leave one of them out, or train it again with another --seed')
 
 def _check_images(a, b):
     if _images_of(a) == _images_of(b): return
     raise ValueError(f'{a.method} of {a.name} was evaluated on {_images_of(a)}, {b.method} of {b.name} on {_images_of(b)}: '
                      'evaluate both on the same, with the same --n')
 
-def _images_of(m): return f'{m.record["n"]} test images ({m.record["settings"].get("subset", "all")})'
+def _images_of(m):
+    subset = m.record['settings'].get('subset', 'all')
+    return f'{m.record["n"]} test images ({subset})'
 
 def _check_attacks(a, b):
-    here,there = _ways(a),_ways(b)
-    for title in here:
-        if differ := _unlike(here[title], there.get(title, {})):
-            raise ValueError(f'{title} of {a.method} in {a.name} and of {b.method} in {b.name} differs in more than the seed: '
-                             f'{_short(differ)}. Evaluate both in the same way, with fastrain evaluate')
+    there = _ways(b)
+    for title,here in _ways(a).items():
+        differ = _unlike(here, there.get(title, {}))
+        if not differ: continue
+        raise ValueError(f'{title} of {a.method} in {a.name} and of {b.method} in {b.name} differs in more than the seed: '
+                         f'{_short(differ)}. Evaluate both in the same way, with fastrain evaluate')
 
 # %% ../../nbs/runs/compare.ipynb #c10c5005
-def _figures(measured) -> pd.DataFrame: # 'run', 'seed', 'method', accuracies in %, measures
-    "A row per run and method"
-    several = len({m.label for m in measured}) > 1
-    rows,titles = [],_titles(measured)
-    for m in measured:
-        method = f'{m.label}: {m.method}' if several else m.method
-        row = dict(run=m.name, seed=m.run.recipe.seed, method=method)
-        for title,value in _row(m.record).items(): row[titles(m, title)] = value
-        rows.append(row)
-    return pd.DataFrame(rows)
-
 def _titles(measured):
     "A function that gives a figure its title, with what differs between its columns"
     known = {}
     for m in measured:
-        for title,way in _ways(m).items(): known.setdefault(title, []).append(way)
+        for title,way in _ways(m).items():
+            known.setdefault(title, []).append(way)
     telling = {title: _telling(ways) for title,ways in known.items()}
+
     def titled(m, title):
         way = _ways(m).get(title, {})
-        told = [_told_of(k, way[k]) for k in telling.get(title, ()) if way.get(k) is not None]
-        return f'{title} ({", ".join(told)})' if told else title
+        words = [word for word in telling.get(title, ()) if way.get(word) is not None]
+        if not words: return title
+        told = [_told_of(word, way[word]) for word in words]
+        return f'{title} ({", ".join(told)})'
     return titled
 
 def _told_of(word, value): return f'of {value}' if word == 'of' else f'{word} = {_value(value)}'
@@ -146,22 +172,39 @@ def _told_of(word, value): return f'of {value}' if word == 'of' else f'{word} = 
 def _telling(ways) -> list:
     "The fewest words that tell different ways of measuring apart"
     found = []
-    for k in ways[0]:
-        for a,b in itertools.combinations(ways, 2):
-            if k not in found and k in _unlike(a, b) and _alike(a, b, found): found.append(k)
+    for word in ways[0]:
+        if any(_told_apart(a, b, word, found) for a,b in itertools.combinations(ways, 2)):
+            found.append(word)
     return found
 
-def _alike(a, b, words): return not any(k in words for k in _unlike(a, b))
+def _told_apart(a, b, word, found) -> bool:
+    "Does `word` tell two ways apart that the words found so far do not?"
+    differ = _unlike(a, b)
+    return word in differ and not any(w in differ for w in found)
 
 # %% ../../nbs/runs/compare.ipynb #c10c5007
-def _row(record) -> dict: # `{title: value}`
-    "The figures of a method in the units in which they are printed"
-    rows = [row for row in record['rows'] if row['kind'] != 'stage']
-    accuracies = {row['title']: 100*row['accuracy'] for row in rows}
-    measures = {k: v for k,v in record['figures'].items() if k not in {row['name'] for row in rows}}
-    return accuracies | dict(_printed(Measure.of(k), v) for k,v in measures.items())
+def _figures(measured) -> pd.DataFrame: # 'run', 'seed', 'method', accuracies in %, measures
+    "A row per run and method"
+    several = len({m.label for m in measured}) > 1
+    titles = _titles(measured)
+    rows = []
+    for m in measured:
+        method = f'{m.label}: {m.method}' if several else m.method
+        row = dict(run=m.name, seed=m.seed, method=method)
+        for title,value in _row(m).items():
+            row[titles(m, title)] = value
+        rows.append(row)
+    return pd.DataFrame(rows)
 
-def _printed(measure, value): return measure.title or measure.key,100*value if measure.unit == '%' else value
+def _row(m) -> dict: # `{title: value}`
+    "The figures of a method in the units in which they are printed"
+    found = {row['title']: 100*row['accuracy'] for row in m.rows}
+    accuracies = {row['name'] for row in m.rows}
+    for key,value in m.record['figures'].items():
+        if key in accuracies: continue
+        measure = Measure.of(key)
+        found[measure.title or key] = 100*value if measure.unit == '%' else value
+    return found
 
 def _means(figures) -> pd.DataFrame:
     "Means over seeds; a figure that only some of them have says of how many"
@@ -169,28 +212,30 @@ def _means(figures) -> pd.DataFrame:
     counts = figures.groupby('method', sort=False).count()
     for column in table.columns.drop('seeds'):
         fewer = counts[column].between(1, table.seeds - 1)
-        table.loc[fewer, column] += ' (of ' + counts[column][fewer].astype(str) + ')'
+        of = counts[column][fewer].astype(str)
+        table.loc[fewer, column] += ' (of ' + of + ')'
     return table
 
 # %% ../../nbs/runs/compare.ipynb #ca43d5cc
 def paired(run:Run, first:str, second:str) -> pd.DataFrame: # A row per attack
     "McNemar's test of two methods of a run, on the images that both were evaluated on"
-    a,b = _per_image(run, first),_per_image(run, second)
-    _check_attacks(*(_Measured(run, run.out.name, '', r) for r in _results_of(run, first, second)))
-    same = list(a.image) == list(b.image) and list(a.label) == list(b.label)
-    if not same:
+    a = _per_image(run, first)
+    b = _per_image(run, second)
+    _check_attacks(_in_run(run, first), _in_run(run, second))
+    if list(a.image) != list(b.image) or list(a.label) != list(b.label):
         raise ValueError(f'{run.out}: {first} and {second} were evaluated on other images. Evaluate both again with the same --n')
     rows = []
     for name,title in _attacks(run, first).items():
         if name not in b.columns: continue
         right_a = list(a[name] == a.label)
         right_b = list(b[name] == b.label)
-        rows.append(dict(first=first, second=second, attack=title, n=len(a), **mcnemar(right_a, right_b)))
+        test = mcnemar(right_a, right_b)
+        rows.append(dict(first=first, second=second, attack=title, n=len(a), **test))
     return pd.DataFrame(rows)
 
-def _results_of(run, *methods):
-    "Their records, in this order"
-    return [next(r for r in run.evaluated if r['method'] == m) for m in methods]
+def _in_run(run, method) -> _Measured:
+    result = next(r for r in run.evaluated if r['method'] == method)
+    return _Measured(run, run.out.name, '', result)
 
 def _attacks(run, method) -> dict: # `{name: title}`
     "What each image of a method was evaluated under"
@@ -199,18 +244,21 @@ def _attacks(run, method) -> dict: # `{name: title}`
 
 def _per_image(run, method):
     file = run.evaluation_folder(method)/'per_image.csv'
-    if not file.is_file():
-        raise FileNotFoundError(f'{run.out} has no results by image for {method} ({file.name} is missing): evaluate it, '
-                                f'fastrain evaluate {run.out}')
-    return pd.read_csv(file)
+    if file.is_file(): return pd.read_csv(file)
+    raise FileNotFoundError(f'{run.out} has no results by image for {method} ({file.name} is missing): evaluate it, '
+                            f'fastrain evaluate {run.out}')
 
+# %% ../../nbs/runs/compare.ipynb #da400021
 def _pairs(methods, against=None) -> list:
     "Which methods are tested against which: all against one, or each against the longest one that it builds on"
     if against:
         one = method_in(methods, against)
         return [(one, m) for m in methods if m != one]
-    bases = {m: [b for b in methods if m.startswith(f'{b}+')] for m in methods}
-    return [(max(b, key=len), m) for m,b in bases.items() if b]
+    pairs = []
+    for m in methods:
+        bases = [b for b in methods if m.startswith(f'{b}+')]
+        if bases: pairs.append((max(bases, key=len), m))
+    return pairs
 
 # %% ../../nbs/runs/compare.ipynb #22121209
 def _all_tests(runs, against):
@@ -232,41 +280,34 @@ def _test_table(tests):
     return table.set_index('run')
 
 # %% ../../nbs/runs/compare.ipynb #0e05e6fe
-_MEANS = Template('''\
-# $runs
-
-Mean ± standard deviation over runs that differ in nothing but the seed; in %, after the last epoch.$fewer
-
-$table''')
-
-_TESTS = Template('''\
-## On the same images
-
-Images on which only one of two methods is right, and McNemar's exact two-sided p-value: how often so large a difference \
-would come from two equally good models. It speaks of these two trained models, not of the methods: for those there are \
-the seeds. With many rows some p-values are small by chance.
-
-$table''')
-
 def compare_runs(
     runs, # Folders of runs
     out, # Folder for report.md, report.html and tradeoff.png
-    against:str=None # Method that all others are tested against; None: each against the one it builds on
+    against:str=None, # Method that all others are tested against; None: each against the one it builds on
+    command:str=None # What was typed, for the report
 ) -> pd.DataFrame: # Means and spreads
     "Compare runs, with a report"
     if not runs: raise ValueError('There are no runs to compare')
     _check_folder(out)
-    runs = list({Path(r).resolve(): Run(r) for r in reversed(runs)}.values())[::-1] # each once
+    runs = _each_once(runs)
     measured = _measured(runs)
     _check_repetitions(measured)
-    figures,tests = _figures(measured),_all_tests(runs, against)
+    figures = _figures(measured)
+    tests = _all_tests(runs, against)
     table = _means(figures)
-    fewer = ' A figure "(of 1)" is of so many of the seeds.' if table.map(lambda v: '(of ' in str(v)).any(axis=None) else ''
-    means = _MEANS.substitute(runs=', '.join(_names_of(runs)), fewer=fewer, table=markdown_table(table))
-    pictures = pictures_text(out) if _draw_tradeoff(figures, _robust_title(measured), out) else ''
-    tests = '' if tests is None else _TESTS.substitute(table=markdown_table(_test_table(tests)))
-    save_page(out, sections(means, pictures, tests, _differences(runs)))
+    has_picture = _draw_tradeoff(figures, _robust_title(measured), out)
+    means,rest = _means_sections(table, measured)
+    pictures = pictures_section(out) if has_picture else None
+    parts = [means, pictures, _tests_section(tests), rest, _differences_section(runs)]
+    lead = commands_text([command] if command else [])
+    save_page(out, Section(', '.join(_names_of(runs)), lead, parts))
     return table
+
+def _each_once(folders) -> list:
+    found = {}
+    for folder in folders:
+        found.setdefault(Path(folder).resolve(), folder)
+    return [Run(folder) for folder in found.values()]
 
 # %% ../../nbs/runs/compare.ipynb #c10c5006
 _of_others = 'settings.json', 'results.json', 'evaluation.json', 'checkpoints'
@@ -281,19 +322,54 @@ def _check_folder(out):
 def _robust_title(measured):
     "The title of the attack that L_TP is measured under"
     first = measured[0]
-    rows = [row['title'] for row in first.record['rows'] if row['name'] == first.result['l_tp_attack']]
+    rows = [row['title'] for row in first.rows if row['name'] == first.result['l_tp_attack']]
     return _titles(measured)(first, rows[0]) if rows else None
 
 def _draw_tradeoff(figures, robust, out) -> bool:
     "Draw natural accuracy against that under an attack, of what both were measured"
-    if robust not in figures or 'natural' not in figures or robust == 'natural': return False
+    if robust == 'natural' or not {'natural', robust} <= {*figures}: return False
     both = figures.dropna(subset=['natural', robust])
     points = both[['method', 'seed']].assign(natural=both.natural/100, robust=both[robust]/100)
     save_figure(plot_tradeoff(points), Path(out)/'tradeoff.png')
     return True
 
-def _differences(runs):
-    by_run = {name: {k: json.dumps(v) for k,v in run.recipe.settings().items()} for run,name in zip(runs, _names_of(runs))}
+# %% ../../nbs/runs/compare.ipynb #da400022
+_MEANS = Template('''\
+Mean ± standard deviation over runs that differ in nothing but the seed; in %, after the last epoch.$fewer
+
+$table''')
+
+_TESTS = Template('''\
+Images on which only one of two methods is right, and McNemar's exact two-sided p-value: how often so large a difference \
+would come from two equally good models. It speaks of these two trained models, not of the methods: for those there are \
+the seeds. With many rows some p-values are small by chance.
+
+$table''')
+
+def _means_sections(table, measured) -> tuple: # of the runs' ε, of other ones
+    titles = _titles(measured)
+    rows = {}
+    other = set()
+    for m in measured:
+        for row in m.rows:
+            title = titles(m, row['title'])
+            rows[title] = row
+            if of_other_size(row, m.run.recipe.eval_eps): other.add(title)
+    main,rest = split_table(table, rows, other)
+    some = table.map(lambda v: '(of ' in str(v)).any(axis=None)
+    fewer = ' A figure "(of 1)" is of so many of the seeds.' if some else ''
+    means = Section('Accuracy', _MEANS.substitute(fewer=fewer, table=markdown_table(main)))
+    if rest is None: return means,None
+    return means,Section('Other sizes of ε', markdown_table(rest), folded=True)
+
+def _tests_section(tests):
+    if tests is None: return None
+    return Section('On the same images', _TESTS.substitute(table=markdown_table(_test_table(tests))))
+
+def _differences_section(runs):
+    by_run = {}
+    for run,name in zip(runs, _names_of(runs)):
+        by_run[name] = {k: json.dumps(v) for k,v in run.recipe.settings().items()}
     settings = pd.DataFrame(by_run)
     differ = settings[settings.nunique(axis=1) > 1].rename_axis('setting')
-    return '## Settings that differ\n\n' + (markdown_table(differ) if len(differ) else 'None.')
+    return Section('Settings that differ', markdown_table(differ) if len(differ) else 'None.')

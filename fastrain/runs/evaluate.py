@@ -23,7 +23,7 @@ from ..models.stored import stored_backbone
 from .gallery import Exhibits, check_pictures, draw_pictures, picture_names
 from .own import call_own, import_code
 from .recipe import Recipe
-from .report import model_text, save_page, write_report
+from .report import model_page, save_page, write_report
 from .run import CHECKPOINTS, Run, method_in
 
 # %% ../../nbs/runs/evaluate.ipynb #42bef963
@@ -262,7 +262,7 @@ def evaluate_any(
     exhibits = Exhibits({name: whole}, lambda _: model, dls, attack, evaluations={name: ev})
     draw_pictures(pictures, exhibits, out)
     made_from = f'{spec}, weights {weights}' if weights else str(spec)
-    save_page(out, model_text(f'{name} on {data}', made_from, read_evaluations(out), environment(device), out))
+    save_page(out, model_page(f'{name} on {data}', made_from, read_evaluations(out), environment(device), out))
     return ev
 
 def _records_in(out) -> list:

@@ -176,11 +176,13 @@ def create(cls:Run,
     recipe:Recipe=None, # Settings; None: the digits
     methods=('standard', 'at', 'at+train'), # Methods by name
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
-    attacks=None # Names of the attacks that it is evaluated under; None: not decided yet
+    attacks=None, # Names of the attacks that it is evaluated under; None: not decided yet
+    command:str=None # What was typed to have it
 ):
     "A run with nothing trained yet"
     settings = dict(recipe=recipe or make_recipe(), methods=_methods(list(methods)), environment=environment(device))
     if attacks: settings['attacks'] = list(attacks)
+    if command: settings['command'] = command
     run = cls(out, device, settings=settings)
     run._check_new()
     run._check_names(run.methods)
