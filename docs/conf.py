@@ -7,6 +7,7 @@ from fastcore.docments import docments, empty
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
 import fastrain
+from fastrain.runs.report import sort_tables
 
 project = 'fastrain'
 author = 'The fastrain developers'
@@ -36,7 +37,6 @@ mathjax = Path(importlib.util.find_spec('sphinx-mathjax-offline').origin).parent
 mathjax_path = 'mathjax/tex-chtml.js'
 html_static_path = [str(here/'static'), str(mathjax)]
 html_css_files = ['site.css']
-html_js_files = ['sort.js']
 html_favicon = html_logo = str(here/'static'/'logo.svg')
 html_copy_source = html_show_sourcelink = False
 html_sidebars = {page: [] for page in ('index', 'results', 'questions', 'contribute', 'search', 'genindex', 'py-modindex')}
@@ -98,4 +98,6 @@ def with_arguments(app, what, name, obj, options, lines):
     if result and result['docment']: fields.append(f':returns: {rst(" ".join(result["docment"].split()))}')
     if fields: lines += ['', *fields, '']
 
-def setup(app): app.connect('autodoc-process-docstring', with_arguments)
+def setup(app):
+    app.connect('autodoc-process-docstring', with_arguments)
+    app.add_js_file(None, body=sort_tables) # as in the reports of runs

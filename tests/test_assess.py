@@ -321,10 +321,9 @@ def test_report_says_what_made_it(run, monkeypatch):
 
 def test_shell_trains_with_its_command(tmp_path, monkeypatch):
     monkeypatch.setattr(fastrain.runs.evaluate, 'draw_pictures', lambda *args: None)
-    options = '--method', "at+train'", '--epochs', 1, '--steps', 1, '--warmup', 1, '--n-train', 48, '--n-test', 20, '--bs', 16, '--device', 'cpu'
-    shell(monkeypatch, 'train', '--out', tmp_path/'run', *options)
-    typed = (f'fastrain train --method \'at+train\'"\'"\'\' --out {tmp_path/"run"} --epochs 1 --bs 16 --steps 1 --warmup 1 '
+    typed = (f'fastrain train --method \'at+train*\' --out {tmp_path/"run"} --epochs 1 --bs 16 --steps 1 --warmup 1 '
              '--n-train 48 --n-test 20 --device cpu')
+    shell(monkeypatch, *shlex.split(typed)[1:])
     saved = json.loads((tmp_path/'run'/'settings.json').read_text())
     assert saved['command'] == typed and f'```sh\n{typed}\n```' in (tmp_path/'run'/'report.md').read_text()
 

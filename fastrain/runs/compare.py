@@ -298,7 +298,8 @@ def compare_runs(
     has_picture = _draw_tradeoff(figures, _robust_title(measured), out)
     means,rest = _means_sections(table, measured)
     pictures = pictures_section(out) if has_picture else None
-    parts = [means, pictures, _tests_section(tests), rest, _differences_section(runs)]
+    beside = Section('', parts=[pictures, _tests_section(tests)])
+    parts = [means, rest, beside, _differences_section(runs)]
     lead = commands_text([command] if command else [])
     save_page(out, Section(', '.join(_names_of(runs)), lead, parts))
     return table

@@ -103,12 +103,17 @@ th.sortable:hover { color: var(--link); }
 th[aria-sort]::after { content: " ▲"; font-size: .7em; }
 th[aria-sort="descending"]::after { content: " ▼"; }
 
-details { margin: .5rem 0; padding: .3rem .8rem; border: 1px solid var(--line); border-radius: 4px; }
+.parts > section { margin-bottom: 1.5rem; }
+.parts { margin-top: 1rem; }
+details table { font-size: .8rem; }
+details :is(th, td) { padding: .2rem .35rem; }
+details { margin: .3rem 0; padding: .3rem .8rem; border: 1px solid var(--line); border-radius: 4px; }
 summary { cursor: pointer; }
 summary > * { display: inline; border: 0; margin: 0; font-size: 1rem; }
 @media (min-width: 1000px) {
   .parts { columns: 2; column-gap: 2rem; }
-  .parts > * { break-inside: avoid; margin-bottom: 1.5rem; }
+  .parts > * { break-inside: avoid; }
+  .parts .parts { columns: 1; }
   .parts:has(> details) { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 2rem; align-items: start; }
 }
 @media print {
@@ -144,6 +149,7 @@ def html_page(
     body = _section_html(page)
     body = re.sub(r'src="([^":]+)"', lambda m: _inlined((Path(folder)/m[1]).read_bytes()), body)
     body = body.replace('<table>', '<div class="table"><table>').replace('</table>', '</table></div>')
+    body = re.sub('<th>.*?</th>', lambda m: m[0].replace('-', '‑'), body) # a title ends its lines at spaces alone
     return _HTML.substitute(title=html.escape(page.title), style=_STYLE, script=sort_tables, body=body)
 
 def _section_html(section, level=1) -> str:
