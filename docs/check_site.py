@@ -143,6 +143,19 @@ def click_through(reader):
     reader.click('.bd-header a.navbar-brand')
     reader.expect(reader.here() in ('', 'index.html', '#', 'index.html#'), 'the first page was expected')
 
+def sort_a_table(reader):
+    "By a click on a column, and the other way round by another one"
+    reader.open('results.html')
+    for order in ('ascending', 'descending'):
+        values = reader.b.execute_script(sorted_column)
+        reader.expect(values == sorted(values, reverse=order == 'descending'), f'a click on a column does not sort it {order}: {values}')
+    reader.console()
+
+sorted_column = '''const table = [...document.querySelectorAll("table")].find(t => t.querySelector("th.sortable"))
+    if (!table) return ["no table that sorts"]
+    table.tHead.rows[0].cells[1].click()
+    return [...table.tBodies[0].rows].map(row => parseFloat(row.cells[1].textContent))'''
+
 def turn_dark(reader):
     "By the button in the header, in the theme's versions with a menu and without"
     reader.open('training/schedules.html')
@@ -185,10 +198,26 @@ def screenshots(reader, folder):
         reader.picture(folder/f'{kind}-dark.png')
 
 
+def look_at_report(file):
+    "Folded and unfolded, on a screen and on a phone"
+    with browser() as b:
+        reader = Reader(b, file.resolve().parent.as_uri() + '/')
+        for width in (1300, 400):
+            reader.width(width)
+            reader.open(file.name)
+            reader.look()
+            b.execute_script('document.querySelectorAll("details").forEach(d => d.open = true)')
+            reader.look()
+    if reader.wrong: sys.exit('\n'.join(reader.wrong))
+    print(f'{file} is as it should be at 400 and 1300 pixels')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--screenshots', type=Path, help='Only keep pictures of each kind of page in this folder, 1300 and 400 pixels wide')
+    parser.add_argument('--report', type=Path, help="Only look at this file, the report of a run")
     args = parser.parse_args()
+    if args.report: return look_at_report(args.report)
     if not (site/'index.html').is_file(): sys.exit('There is no site yet: python docs/build.py')
     with served(site) as address, browser() as b:
         reader = Reader(b, address)
@@ -198,10 +227,11 @@ def main():
         find_by_search(reader, 'TRAINCallback', 'training/callback.html')
         find_by_search(reader, 'topology_loss', 'pieces/relations.html')
         click_through(reader)
+        sort_a_table(reader)
         turn_dark(reader)
         every_page(reader, 400)
         every_page(reader, 1300)
     if reader.wrong: sys.exit('\n'.join(reader.wrong))
-    print(f'The site is as it should be: search, links, dark mode, all pages at 400 and 1300 pixels ({time.time() - began:.0f} s)')
+    print(f'The site is as it should be: search, links, sorted tables, dark mode, all pages at 400 and 1300 pixels ({time.time() - began:.0f} s)')
 
 if __name__ == '__main__': main()
