@@ -29,7 +29,7 @@ def test_page_of_files_names_all_that_is_written(tmp_path):
     from fastrain.runs.train import train_run
     run,compared = tmp_path/'run',tmp_path/'compared'
     recipe = make_recipe('digits', epochs=1, steps=1, warmup=1, n_train=48, n_test=20, bs=16)
-    train_run(run, recipe, ('standard', 'at+train+ema'), attacks=('natural', 'pgd1'))
+    train_run(run, recipe, ('standard', 'at+train+ema'), attacks=('natural', 'pgd1'), command='fastrain train')
     evaluate_run(run, 'natural,pgd1+cw1,topology', images=True, n_support=20, pictures='all')
     evaluate_run(run, 'natural', methods=['standard'], n=10)
     compare_runs([run], compared)
