@@ -180,6 +180,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastrain.cli._given': ('cli.html#_given', 'fastrain/cli.py'),
                               'fastrain.cli._heading': ('cli.html#_heading', 'fastrain/cli.py'),
                               'fastrain.cli._in_groups': ('cli.html#_in_groups', 'fastrain/cli.py'),
+                              'fastrain.cli._interrupts': ('cli.html#_interrupts', 'fastrain/cli.py'),
                               'fastrain.cli._items': ('cli.html#_items', 'fastrain/cli.py'),
                               'fastrain.cli._lacks_memory': ('cli.html#_lacks_memory', 'fastrain/cli.py'),
                               'fastrain.cli._leave_quietly': ('cli.html#_leave_quietly', 'fastrain/cli.py'),

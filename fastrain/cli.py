@@ -6,7 +6,8 @@
 __all__ = ['split_methods', 'load_pieces', 'train', 'evaluate', 'compare', 'methods', 'main']
 
 # %% ../nbs/cli.ipynb #f07691a0
-import argparse, re, sys
+import argparse, re, signal, sys, threading
+from contextlib import contextmanager
 from inspect import Parameter, signature
 
 from .names import lookup, split_list
@@ -316,13 +317,29 @@ def main():
     "The program `fastrain`"
     argv = sys.argv[1:]
     prog = ' '.join(['fastrain', *(word for word in argv[:1] if word in _commands)])
-    try:
-        try: _run(argv)
-        except BrokenPipeError: _leave_quietly()
-        except Exception as e: sys.exit(f'{prog}: {_told(e)}')
-    except KeyboardInterrupt:
-        print(f'\n{prog}: interrupted. {_way_on(argv)}', file=sys.stderr)
-        sys.exit(130)
+    with _interrupts() as interrupts:
+        try:
+            try: _run(argv)
+            except BrokenPipeError: _leave_quietly()
+            except Exception as e:
+                if interrupts and not isinstance(e, OSError): raise KeyboardInterrupt from e
+                sys.exit(f'{prog}: {_told(e)}')
+        except KeyboardInterrupt:
+            print(f'\n{prog}: interrupted. {_way_on(argv)}', file=sys.stderr)
+            sys.exit(130)
+
+@contextmanager
+def _interrupts():
+    "Those so far: a library whose import is interrupted may raise something else, such as a `RecursionError`"
+    seen = []
+    def note(*args):
+        seen.append(args)
+        signal.default_int_handler(*args)
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if usual: signal.signal(signal.SIGINT, note)
+    try: yield seen
+    finally:
+        if usual: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def _run(argv):
     if not argv or argv[0] in ('-h', '--help'): return print(_usage())
