@@ -6,7 +6,7 @@
 __all__ = ['split_methods', 'load_pieces', 'train', 'evaluate', 'compare', 'methods', 'main']
 
 # %% ../nbs/cli.ipynb #f07691a0
-import argparse, re, signal, sys, threading
+import argparse, re, signal, sys, threading, warnings
 from contextlib import contextmanager
 from inspect import Parameter, signature
 
@@ -346,9 +346,14 @@ def _run(argv):
     if argv[0] == '--version': return print(_version())
     command = lookup(argv[0], _commands, 'command')
     positional,options = _arguments(argv[0], argv[1:])
-    from fastrain.training.progress import plain_output
-    with plain_output(): command(*positional, **options)
+    with warnings.catch_warnings():
+        for text in _for_others: warnings.filterwarnings('ignore', text)
+        from fastrain.training.progress import plain_output
+        with plain_output(): command(*positional, **options)
     sys.stdout.flush() # here, where an error has a line
+
+# warnings of libraries to those who write libraries; the first comes when fastai is imported
+_for_others = '`torch.jit.script` is deprecated', 'The PyTorch API of nested tensors', 'Image size .* exceeds limit'
 
 def _usage():
     commands = '\n'.join(f'  {name:10} {f.__doc__}' for name,f in _commands.items())
