@@ -6,7 +6,7 @@
 __all__ = ['split_methods', 'load_pieces', 'train', 'evaluate', 'compare', 'methods', 'main']
 
 # %% ../nbs/cli.ipynb #f07691a0
-import argparse, re, signal, sys, threading, warnings
+import argparse, os, re, signal, sys, threading, warnings
 from contextlib import contextmanager
 from inspect import Parameter, signature
 
@@ -317,29 +317,35 @@ def main():
     "The program `fastrain`"
     argv = sys.argv[1:]
     prog = ' '.join(['fastrain', *(word for word in argv[:1] if word in _commands)])
-    with _interrupts() as interrupts:
+    with _leaving_imports(lambda: _say_interrupted(prog, argv)):
         try:
             try: _run(argv)
             except BrokenPipeError: _leave_quietly()
-            except Exception as e:
-                if interrupts and not isinstance(e, OSError): raise KeyboardInterrupt from e
-                sys.exit(f'{prog}: {_told(e)}')
+            except Exception as e: sys.exit(f'{prog}: {_told(e)}')
         except KeyboardInterrupt:
-            print(f'\n{prog}: interrupted. {_way_on(argv)}', file=sys.stderr)
+            _say_interrupted(prog, argv)
             sys.exit(130)
 
+def _say_interrupted(prog, argv): print(f'\n{prog}: interrupted. {_way_on(argv)}', file=sys.stderr, flush=True)
+
 @contextmanager
-def _interrupts():
-    "Those so far: a library whose import is interrupted may raise something else, such as a `RecursionError`"
-    seen = []
-    def note(*args):
-        seen.append(args)
-        signal.default_int_handler(*args)
+def _leaving_imports(say):
+    "Ctrl-C while a library is imported ends the program at once: some libraries swallow a `KeyboardInterrupt` there, or make another error of it"
+    def leave(signum, frame):
+        if not _is_importing(frame): signal.default_int_handler(signum, frame)
+        say()
+        os._exit(130)
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if usual: signal.signal(signal.SIGINT, note)
-    try: yield seen
+    if usual: signal.signal(signal.SIGINT, leave)
+    try: yield
     finally:
         if usual: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def _is_importing(frame):
+    while frame:
+        if frame.f_code.co_filename.startswith('<frozen importlib'): return True
+        frame = frame.f_back
+    return False
 
 def _run(argv):
     if not argv or argv[0] in ('-h', '--help'): return print(_usage())
@@ -392,6 +398,5 @@ def _way_on(argv) -> str:
 
 def _leave_quietly():
     "Whoever read the output has gone, as `head` does; Python would complain once more as it ends"
-    import os
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(141) # as the shell says of a program that the closed pipe ended
