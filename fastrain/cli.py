@@ -330,7 +330,7 @@ def _say_interrupted(prog, argv): print(f'\n{prog}: interrupted. {_way_on(argv)}
 
 @contextmanager
 def _leaving_imports(say):
-    "Ctrl-C while a library is imported ends the program at once: some libraries swallow a `KeyboardInterrupt` there, or make another error of it"
+    "Ctrl-C ends an import at once: there some libraries swallow a `KeyboardInterrupt`, or make another error of it"
     def leave(signum, frame):
         if not _is_importing(frame): signal.default_int_handler(signum, frame)
         say()
