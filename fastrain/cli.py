@@ -6,7 +6,8 @@
 __all__ = ['split_methods', 'load_pieces', 'command_line', 'train', 'evaluate', 'compare', 'methods', 'main']
 
 # %% ../nbs/cli.ipynb #f07691a0
-import argparse, re, shlex, sys
+import argparse, os, re, shlex, signal, sys, threading, warnings
+from contextlib import contextmanager
 from inspect import Parameter, signature
 
 from .names import lookup, split_list
@@ -332,22 +333,49 @@ def main():
     "The program `fastrain`"
     argv = sys.argv[1:]
     prog = ' '.join(['fastrain', *(word for word in argv[:1] if word in _commands)])
-    try:
-        try: _run(argv)
-        except BrokenPipeError: _leave_quietly()
-        except Exception as e: sys.exit(f'{prog}: {_told(e)}')
-    except KeyboardInterrupt:
-        print(f'\n{prog}: interrupted. {_way_on(argv)}', file=sys.stderr)
-        sys.exit(130)
+    with _leaving_imports(lambda: _say_interrupted(prog, argv)):
+        try:
+            try: _run(argv)
+            except BrokenPipeError: _leave_quietly()
+            except Exception as e: sys.exit(f'{prog}: {_told(e)}')
+        except KeyboardInterrupt:
+            _say_interrupted(prog, argv)
+            sys.exit(130)
+
+def _say_interrupted(prog, argv): print(f'\n{prog}: interrupted. {_way_on(argv)}', file=sys.stderr, flush=True)
+
+@contextmanager
+def _leaving_imports(say):
+    "Ctrl-C ends an import at once: there some libraries swallow a `KeyboardInterrupt`, or make another error of it"
+    def leave(signum, frame):
+        if not _is_importing(frame): signal.default_int_handler(signum, frame)
+        say()
+        os._exit(130)
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if usual: signal.signal(signal.SIGINT, leave)
+    try: yield
+    finally:
+        if usual: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def _is_importing(frame):
+    while frame:
+        if frame.f_code.co_filename.startswith('<frozen importlib'): return True
+        frame = frame.f_back
+    return False
 
 def _run(argv):
     if not argv or argv[0] in ('-h', '--help'): return print(_usage())
     if argv[0] == '--version': return print(_version())
     command = lookup(argv[0], _commands, 'command')
     positional,options = _arguments(argv[0], argv[1:])
-    from fastrain.training.progress import plain_output
-    with plain_output(): command(*positional, **options)
+    with warnings.catch_warnings():
+        for text in _for_others: warnings.filterwarnings('ignore', text)
+        from fastrain.training.progress import plain_output
+        with plain_output(): command(*positional, **options)
     sys.stdout.flush() # here, where an error has a line
+
+# warnings of libraries to those who write libraries; the first comes when fastai is imported
+_for_others = '`torch.jit.script` is deprecated', 'The PyTorch API of nested tensors', 'Image size .* exceeds limit'
 
 def _usage():
     commands = '\n'.join(f'  {name:10} {f.__doc__}' for name,f in _commands.items())
@@ -386,6 +414,5 @@ def _way_on(argv) -> str:
 
 def _leave_quietly():
     "Whoever read the output has gone, as `head` does; Python would complain once more as it ends"
-    import os
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(141) # as the shell says of a program that the closed pipe ended

@@ -194,6 +194,13 @@ def test_interrupted(shell, monkeypatch, capsys, tmp_path):
     assert told('evaluate', 'r') == 'fastrain evaluate: interrupted. The same command goes on where it stopped'
     assert told('methods') == 'fastrain methods: interrupted. Give the same command again'
 
+def test_a_library_that_swallows_an_interrupt(tmp_path):
+    (tmp_path/'own.py').write_text('import sys; sys.path.insert(0, "."); import library')
+    (tmp_path/'library.py').write_text('import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept BaseException: pass')
+    done = start('methods', '--load', 'own.py', cwd=tmp_path)
+    assert done.returncode == 130 and done.stderr.strip() == 'fastrain methods: interrupted. Give the same command again'
+    assert done.stdout == ''
+
 def interrupted_after(seconds, cwd):
     p = subprocess.Popen([*PROGRAM, 'train', '--epochs', '50', '--n-train', '140', '--n-test', '30', '--method', 'at', '--device', 'cpu'],
                          cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -339,7 +339,7 @@ def test_images_that_are_opened_as_needed(tmp_path):
 
 def with_crd(): return TRAINCallback(net(2, drop=.2), relation=[small(), Topology()], attack=quick())
 
-@pytest.mark.parametrize('stops', [(1, 2), pytest.param((0,), marks=pytest.mark.slow)])
+@pytest.mark.parametrize('stops', [(1,), pytest.param((0,), marks=pytest.mark.slow), pytest.param((1, 2), marks=pytest.mark.slow)])
 def test_resumed(tmp_path, stops):
     whole,parts = check(tmp_path, with_crd, stops=stops)
     a,b = (l.train_cb.relations[0].state_dict() for l in (whole, parts))

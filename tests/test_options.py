@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import fastrain.runs.evaluate
 from fastrain import cli
 
 LONG = 'x'*2000
@@ -75,8 +76,10 @@ def contents(folder):
 def run(tmp_path_factory):
     "A run that is trained"
     out = tmp_path_factory.mktemp('options')/'run'
-    cli.train(method='standard,at+train', out=str(out), epochs=1, warmup=0, n_train=24, n_test=20, bs=8, steps=1, attacks='natural',
-              device='cpu')
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(fastrain.runs.evaluate, 'draw_pictures', lambda *args: None) # they take most of the time
+        cli.train(method='standard,at+train', out=str(out), epochs=1, warmup=0, n_train=24, n_test=20, bs=8, steps=1,
+                  attacks='natural', device='cpu')
     return out
 
 @pytest.fixture(autouse=True)

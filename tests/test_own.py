@@ -35,6 +35,7 @@ def run(folder, monkeypatch):
         cli.main()
     return call
 
+@pytest.mark.slow
 def test_trained_and_resumed_with_more_methods(folder, run):
     run(*train, *tiny, '--method', 'js:beta=6+cka')
     run(*train, '--resume', '--method', 'patient+cka')

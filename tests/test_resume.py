@@ -1,5 +1,5 @@
 "A run that was interrupted and continued in a new learner ends bit for bit as one that was not"
-import copy
+import copy, shutil
 
 import numpy as np
 import pytest
@@ -81,13 +81,15 @@ slow = pytest.mark.slow
                                           pytest.param(trades_train, Adam, marks=slow)])
 def test_resumed(tmp_path, cb, opt_func): check(tmp_path, cb, opt_func=opt_func)
 
-@pytest.mark.parametrize('cb', [at, standard, pytest.param(by_name, marks=slow)])
+@pytest.mark.parametrize('cb', [at, pytest.param(standard, marks=slow), pytest.param(by_name, marks=slow)])
 def test_resumed_other_methods(tmp_path, cb): check(tmp_path, cb)
 
+@slow
 def test_resumed_frozen(tmp_path): check(tmp_path, frozen)
 
 def test_resumed_twice(tmp_path): check(tmp_path, at_train, stops=(0, 2))
 
+@slow
 def test_resumed_with_drops(tmp_path):
     check(tmp_path, at_train, fit_cbs=lambda: [MultiStep(.05, 4, (2, 3))], method='fit', opt_func=torch_sgd)
 
@@ -99,6 +101,7 @@ def test_resumed_with_trackers(tmp_path, stops, capsys):
     logs = [learn.csv_logger.read_log().drop(columns='time') for learn in (whole, parts)]
     assert logs[0].equals(logs[1])
 
+@slow
 def test_resumed_early_stopping_counts_on(tmp_path, capsys):
     "Patience that was half used up when the run stopped"
     whole,parts = check(tmp_path, at, make_cbs=lambda: [EarlyStoppingCallback('accuracy', min_delta=10, patience=3)], stops=(1,), n_epoch=8)
@@ -163,10 +166,17 @@ def test_two_learners_share_nothing(tmp_path):
 
 # --- refused
 
+@pytest.fixture(scope='module')
+def stopped_once(tmp_path_factory):
+    path = tmp_path_factory.mktemp('stopped')
+    with pytest.raises(KeyboardInterrupt): run(build(path, at_train), Checkpoint(path/'ckpt'), cbs=[stop_after(1)])
+    return path
+
 @pytest.fixture
-def stopped(tmp_path):
-    with pytest.raises(KeyboardInterrupt): run(build(tmp_path, at_train), Checkpoint(tmp_path/'ckpt'), cbs=[stop_after(1)])
-    return tmp_path
+def stopped(stopped_once, tmp_path):
+    "A copy to work on"
+    shutil.copytree(stopped_once, tmp_path/'stopped')
+    return tmp_path/'stopped'
 
 def refused(learn, ckpt, error, match, **kwargs):
     "The error, the file as before, and the models as before"

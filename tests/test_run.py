@@ -130,6 +130,7 @@ def test_resume_after_settings_were_edited(run):
     edit(run/'settings.json', lambda s: s['recipe'].update(lam=7.))
     with pytest.raises(ValueError, match=r'last.pt is of another training: .*lam: 5.0 in the checkpoint, 7.0 now'): resume_run(run, 'cpu')
 
+@pytest.mark.slow
 def test_a_longer_run(run, tmp_path):
     "Bit for bit the figures of one that was as long from the start, with the same warm-up"
     resume_run(run, 'cpu', settings=dict(epochs=3))
@@ -161,6 +162,8 @@ FILES = [
     'checkpoints/standard/best.pt', 'checkpoints/at+train/best.pt', 'checkpoints/standard/last.pt', 'checkpoints/at+train/last.pt',
     'evaluation/at+train-last/per_image.csv', 'evaluation/at+train-last/evaluation.json', 'evaluation/at+train-last/evaluation.md']
 
+def slowly(*files): return [pytest.param(f, marks=pytest.mark.slow) for f in files]
+
 def test_all_files_are_tried(trained):
     there = {str(f.relative_to(trained)) for f in trained.rglob('*') if f.is_file() and 'parts' not in f.parts}
     assert {f for f in there if 'standard-' not in f and '-best' not in f} == {*FILES}
@@ -174,8 +177,8 @@ def test_resume_without_one_file(run, file):
     assert figures(run) == before and {f for f in FILES if 'last.pt' in f or 'json' in f or 'csv' in f} - {file} <= {*files_of(run)}
     assert (run/'settings.json').exists() and (run/'history.csv').exists() and (run/'results.json').exists()
 
-@pytest.mark.parametrize('file', ['settings.json', 'history.csv', 'checkpoints/warm.pt', 'checkpoints/at+train/best.pt',
-                                  'checkpoints/at+train/last.pt', 'checkpoints/standard/last.pt'])
+@pytest.mark.parametrize('file', ['checkpoints/at+train/best.pt', *slowly('settings.json', 'history.csv', 'checkpoints/warm.pt',
+                                                                           'checkpoints/at+train/last.pt', 'checkpoints/standard/last.pt')])
 def test_resume_without_results_and_one_file(run, file):
     "What is trained is found in the checkpoints; without one, it is trained again. A best epoch before the last one is lost"
     before,history = figures(run),Run(run).history.drop(columns='seconds')
@@ -187,7 +190,9 @@ def test_resume_without_results_and_one_file(run, file):
     assert Run(run).history.drop(columns='seconds').sort_values(['method', 'epoch'], ignore_index=True).equals(
         history.sort_values(['method', 'epoch'], ignore_index=True))
 
-@pytest.mark.parametrize('file', FILES)
+FEW = ['results.json', 'checkpoints/at+train/last.pt']
+
+@pytest.mark.parametrize('file', [*FEW, *slowly(*(f for f in FILES if f not in FEW))])
 def test_evaluate_without_one_file(run, file):
     "The other checkpoints are evaluated, and the figures of the others stay"
     before = figures(run)

@@ -422,7 +422,7 @@ def with_ema(): return TRAINCallback(None, attack=quick(), average=EMA(.9))
 def with_all(): return TRAINCallback(net(2, drop=.2), robust=TRADES(), attack=quick(), perturb=AWP(.1), average=EMA(.9))
 def with_queue(): return TRAINCallback(None, robust=MCA(queue=50), attack=quick(), perturb=AWP(.1))
 
-@pytest.mark.parametrize('cb', [with_all, with_queue, pytest.param(with_ema, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('cb', [with_all, *(pytest.param(cb, marks=pytest.mark.slow) for cb in (with_queue, with_ema))])
 def test_resumed(tmp_path, cb):
     whole,parts = check(tmp_path, cb, opt_func=Adam)
     a,b = (learn.train_cb.state_dict()['pieces'] for learn in (whole, parts))

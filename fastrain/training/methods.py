@@ -221,7 +221,7 @@ def as_piece(
     base = piece_families[family]
     if value is None or isinstance(value, base): return value
     if isinstance(value, str): return _piece_by_name(argument, value, family)
-    raise ValueError(f'{argument}={shown(value)}: expected a {base.__name__} or the name of one: {", ".join(base.registry)}')
+    raise ValueError(f'{argument}={shown(value)}: expected an instance of {base.__name__} or the name of one: {", ".join(base.registry)}')
 
 def _piece_by_name(argument, typed, family):
     try:

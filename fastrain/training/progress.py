@@ -81,14 +81,11 @@ class LogRows(Callback):
     def after_fit(self): self.learn.logger = self.logger
 
 # %% ../../nbs/training/progress.ipynb #da40000a
-_known = '`torch.jit.script` is deprecated', 'The PyTorch API of nested tensors', 'Image size .* exceeds limit' # of libraries, for others
-
 @contextmanager
 def plain_output():
     "For a program: inside the `with`, no bars unless on a terminal, warnings of one line, and no sign that cannot be written ends it"
     for stream in (sys.stdout, sys.stderr): _configure(stream, errors='replace')
     with warnings.catch_warnings():
-        for text in _known: warnings.filterwarnings('ignore', text)
         show = warnings.showwarning
         warnings.showwarning = lambda message, category, file, *args: _show_warning(show, message, category, file, *args)
         if sys.stdout.isatty(): yield
