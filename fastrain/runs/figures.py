@@ -65,13 +65,14 @@ def intervals(ax, x, low, high, color, shift=0.):
 
 def shifts(n, width=2.5) -> list:
     "Places side by side around 0, in points"
+    width = min(width, 12/n)
     return [width*(i - (n - 1)/2) for i in range(n)]
 
 # %% ../../nbs/runs/figures.ipynb #e5af6b2f
 def wrapped(name, width=22) -> str:
     "A long name on several lines"
     lines = ['']
-    for piece in re.findall(r'[+:, ]*[^+:, ]+', str(name)) or [str(name)]:
+    for piece in re.findall(rf'[+: ]?[^+:, ]{{0,{width - 2}}},?', str(name)):
         if lines[-1] and len(lines[-1] + piece) > width: lines.append(piece.lstrip())
         else: lines[-1] += piece
     return '\n'.join(lines)

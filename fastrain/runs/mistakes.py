@@ -76,7 +76,7 @@ def _class_ticks(ax, vocab, classes, side):
     if len(classes) <= 6*side and max(map(len, names)) <= 4*side:
         ax.set_xticks(classes, names, rotation=90, fontsize=9)
         ax.set_yticks(classes, names, fontsize=9)
-    else: ax.set(xticks=[], yticks=[])
+    else: ax.set(xticks=[0, classes[-1]], yticks=[0, classes[-1]])
     ax.set_xlabel('taken for')
     ax.set_ylabel('class')
 
@@ -193,7 +193,7 @@ def plot_worst_images(
     most = max(map(len, tables.values()))
     fig,axs = panels(len(tables)*most, 1.75, 1.35, columns=most)
     for (m,table),row in zip(tables.items(), axs.reshape(len(tables), most)):
-        row[0].set_ylabel(wrapped(m, 18), fontsize=9)
+        row[0].set_ylabel(wrapped(m, 15), fontsize=9)
         for ax,(_,image) in zip(row, table.iterrows()):
             ax.imshow(images[image['image']])
             names = [class_name(vocab, image[k], 12) for k in ('label', attack)]

@@ -116,7 +116,7 @@ def _cost(box, taken, bars, edges, offset):
 def _bars(ax):
     "Where error bars are, in pixels"
     lines = [segment for c in ax.containers for bars in c.lines[2] for segment in bars.get_segments()]
-    ends = [ax.transData.transform(line) for line in lines]
+    ends = [ax.transData.transform(line) for line in lines if len(line)] # one seed has no spread
     return [(*(e.min(0) - 2), *(e.max(0) + 2)) for e in ends]
 
 def _overlap(a, b):
@@ -217,7 +217,7 @@ def _waterfall(ax, rows, color):
     _write(ax, 0, first, f'{first:.1f}')
     for i,(before,after) in enumerate(zip(left, left[1:]), start=1):
         ax.barh(i, before - after, left=after, color=color)
-        _write(ax, i, before, f'−{before - after:.1f}')
+        _write(ax, i, before, f'−{before - after:.1f}', after)
     end = len(rows)
     ax.barh(end, left[-1], color=color, alpha=.35)
     low,high = (100*rows[-1].get(k, rows[-1]['accuracy']) for k in ('low', 'high'))
@@ -226,7 +226,9 @@ def _waterfall(ax, rows, color):
     ax.set_yticks(range(end + 1), [*(r['stage'] for r in rows), 'left'])
     ax.set_ylim(end + .6, -.6)
 
-def _write(ax, y, x, text):
-    "A number behind its bar, or before the edge"
-    outside = x > 82
-    ax.annotate(text, (x, y), (-3 if outside else 3, 0), textcoords='offset points', fontsize=9, va='center', ha='right' if outside else 'left')
+def _write(ax, y, end, text, start=None):
+    "A number behind its bar; if there is no room, before its start or in it"
+    fits = end < 82
+    place = end if fits or start is None else start
+    aside = dict(xytext=(3 if fits else -3, 0), textcoords='offset points', ha='left' if fits else 'right')
+    ax.annotate(text, (place, y), fontsize=9, va='center', **aside)
