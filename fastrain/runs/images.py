@@ -36,9 +36,9 @@ def plot_images(
     _image_row(next(rows), 'natural', x, [class_name(vocab, label, 14) for label in y])
     for m,a in attacked.items():
         row = next(rows)
-        _image_row(row, f'{wrapped(m, 15)}\nadversarial', a['x_adv'])
+        _image_row(row, f'{wrapped(m, 13)}\nadversarial', a['x_adv'])
         for i,ax in enumerate(row): _answers(ax, vocab, y[i], a, i)
-        _image_row(next(rows), f'{wrapped(m, 15)}\nadded, ×{factor:.3g}', .5 + factor*(a['x_adv'] - x))
+        _image_row(next(rows), f'{wrapped(m, 13)}\nadded, ×{factor:.3g}', .5 + factor*(a['x_adv'] - x))
     _heading(fig, title or _attack_text(attack))
     return fig
 

@@ -193,7 +193,7 @@ def plot_worst_images(
     most = max(map(len, tables.values()))
     fig,axs = panels(len(tables)*most, 1.75, 1.35, columns=most)
     for (m,table),row in zip(tables.items(), axs.reshape(len(tables), most)):
-        row[0].set_ylabel(wrapped(m, 15), fontsize=9)
+        row[0].set_ylabel(wrapped(m, 12), fontsize=9)
         for ax,(_,image) in zip(row, table.iterrows()):
             ax.imshow(images[image['image']])
             names = [class_name(vocab, image[k], 12) for k in ('label', attack)]
