@@ -39,7 +39,13 @@ from fastrain.evaluation.evaluate import *
 from fastrain.evaluation.tables import *
 from fastrain.runs.own import *
 from fastrain.runs.recipe import *
+from fastrain.runs.figures import *
+from fastrain.runs.curves import *
 from fastrain.runs.plots import *
+from fastrain.runs.features import *
+from fastrain.runs.images import *
+from fastrain.runs.mistakes import *
+from fastrain.runs.interpret import *
 from fastrain.runs.report import *
 from fastrain.runs.run import *
 from fastrain.runs.evaluate import *

@@ -3,11 +3,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 from sklearn.manifold import TSNE
 
 from conftest import digits, net, quick, same, snapshot
-from fastrain.runs.plots import (plot_curves, plot_eps, plot_images, plot_relation, plot_strength, plot_topology, plot_tradeoff,
-                                 plot_tsne, save_figure)
+from fastrain.evaluation.scores import wilson
+from fastrain.runs.curves import plot_curves, plot_relation
+from fastrain.runs.features import plot_strength, plot_topology, plot_tsne
+from fastrain.runs.figures import save_figure, styles_of, wrapped
+from fastrain.runs.images import plot_images
+from fastrain.runs.mistakes import class_accuracies, confusion, plot_classes, plot_confusion, plot_margins, plot_worst_images, worst_images
+from fastrain.runs.plots import plot_eps, plot_stages, plot_steps, plot_tradeoff
 
 def run(method, natural, robust, **columns):
     return pd.DataFrame(dict(method=method, epoch=range(len(natural)), accuracy=natural, pgd10_accuracy=robust, robust_loss=2., **columns))
@@ -23,16 +29,21 @@ def legend(fig): return [t.get_text() for t in fig.legends[0].get_texts()]
 def line(ax, **props): return [o for o in ax.lines if all(getattr(o, f'get_{k}')() == v for k,v in props.items())]
 def xy(o): return [tuple(map(float, p)) for p in np.round(o.get_xydata().astype(float), 6)]
 
+def texts(fig):
+    "All texts that are seen"
+    return [t for t in fig.findobj(Text) if t.get_visible() and t.get_text()]
+
 def inside(fig):
-    "Nothing is cut off: every text lies in the figure, and the legend below the panels"
+    "Nothing is cut off: every text lies in the figure, is large enough to read, and the legend is below the panels"
     fig.draw_without_rendering()
-    below = fig.legends[0].get_window_extent()
-    assert below.x0 >= 0 and below.x1 <= fig.bbox.x1 and below.y0 >= 0
+    below = fig.legends[0].get_window_extent() if fig.legends else None
+    if below: assert below.x0 >= 0 and below.x1 <= fig.bbox.x1 and below.y0 >= 0
     for ax in fig.axes:
         box = ax.get_tightbbox()
-        assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 + 1 and box.y0 >= below.y1 and box.y1 <= fig.bbox.y1 + 1
-        texts = [*ax.get_xticklabels(), *ax.get_yticklabels(), ax.xaxis.label, ax.yaxis.label, ax.title, *fig.legends[0].get_texts()]
-        assert all(t.get_fontsize() >= 8 for t in texts)
+        assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 + 1 and box.y0 >= (below.y1 if below else 0) and box.y1 <= fig.bbox.y1 + 1
+    assert all(t.get_fontsize() >= 9 for t in texts(fig))
+
+LONG = 'trades:beta=6+lbgat+train:weight=20,detach=False+awp:gamma=.005+ema:decay=.999'
 
 # -- training ----------------------------------------------------------------------------------------------------------------
 
@@ -109,11 +120,42 @@ def test_eps():
     ax, = fig.axes
     curve = [(0, 80), (round(4/255, 6), round(80 - 2000/255, 6)), (round(8/255, 6), round(80 - 4000/255, 6))]
     assert [xy(o) for o in ax.lines] == [curve]*2
-    band = ax.collections[0].get_paths()[0].vertices
-    assert band[band[:,0] == 0][:,1].min() == pytest.approx(78) and band[band[:,0] == 0][:,1].max() == pytest.approx(82)
+    bars = ax.collections[0].get_segments()
+    assert [(b[0,0], b[0,1], b[1,1]) for b in bars][0] == pytest.approx((0, 78, 82)) and len(bars) == 3
     assert [t.get_text() for t in ax.get_xticklabels()] == ['0', '2/255', '4/255', '6/255', '8/255']
     assert list(ax.get_xticks()) == pytest.approx([k/255 for k in (0, 2, 4, 6, 8)])
     inside(fig)
+
+def test_colour_is_the_model_and_line_style_the_attack():
+    rows = [dict(r, attack=a) for a in ('PGD-20', 'AutoAttack') for r in points([0, 4/255, 8/255])]
+    fig = plot_eps({'at': rows, LONG: rows}, trained=8/255, among=['standard', 'at', LONG])
+    ax, = fig.axes
+    curves = [o for o in ax.lines if len(o.get_xdata()) == 3]
+    assert [o.get_color() for o in curves] == [styles_of(['standard', 'at', LONG])[m]['color'] for m in ('at', 'at', LONG, LONG)]
+    assert [o.get_linestyle() for o in curves] == ['-', '--']*2
+    assert legend(fig)[0] == 'at' and legend(fig)[2:] == ['PGD-20', 'AutoAttack']
+    assert [o.get_xdata()[0] for o in ax.lines if len(o.get_xdata()) == 2] == [8/255] and ax.texts[0].get_text() == 'ε of training'
+    inside(fig)
+
+def test_steps():
+    rows = [dict(steps=s, accuracy=a, low=a - .02, high=a + .02, attack='PGD') for s,a in ((20, .5), (0, .8), (5, .6))]
+    fig = plot_steps(dict(at=rows))
+    ax, = fig.axes
+    assert xy(ax.lines[0]) == [(0, 80), (5, 60), (20, 50)] and [t.get_text() for t in ax.get_xticklabels()] == ['0', '5', '20']
+    assert ax.get_ylabel() == 'accuracy under PGD, %'
+    inside(fig)
+
+def test_stages():
+    stages = [dict(stage=s, accuracy=a) for s,a in (('natural', .9), ('APGD-CE', .5), ('APGD-T', .45), ('Square', .45))]
+    stages[-1] |= dict(low=.4, high=.5)
+    fig = plot_stages({'at': stages, LONG: stages})
+    bars = [(b.get_x(), b.get_width()) for b in fig.axes[0].patches]
+    assert bars == [pytest.approx(b) for b in ((0, 90), (50, 40), (45, 5), (45, 0), (0, 45))] # what is left, what each one broke
+    assert [t.get_text() for t in fig.axes[0].texts] == ['90.0', '−40.0', '−5.0', '−0.0', '45.0']
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['natural', 'APGD-CE', 'APGD-T', 'Square', 'left']
+    inside(fig)
+    for bad,match in (({}, 'nothing to draw'), (dict(at=[]), 'nothing to draw'), (dict(at=[dict(stage='x')]), "no 'accuracy'")):
+        with pytest.raises(ValueError, match=f'stages.*{match}'): plot_stages(bad)
 
 @pytest.mark.parametrize('levels, ticks', [
     ((0, 7), ['0', '2/255', '4/255', '6/255']), ((0, 1, 2, 32), ['0', '8/255', '16/255', '24/255', '32/255']), ((0,), ['0'])])
@@ -133,9 +175,26 @@ def test_tradeoff_over_seeds():
     assert list(marks.values()) == [(75, 45), (85, 50), (60, 40)]
     bar = ax.containers[0].lines[2][0].get_segments()[0][:,0]
     assert bar[1] - bar[0] == pytest.approx(2*100*df.natural[:2].std()) and 'seeds' in ax.get_title()
-    arrow, = ax.texts
+    arrow, = [t for t in ax.texts if not t.get_text()]
     assert arrow.xyann == pytest.approx((75, 45)) and arrow.xy == pytest.approx((85, 50)) # from at to at+train, and no other
-    assert legend(fig) == ['at', 'at+train', 'mart']
+    assert labels(ax) == ['at', 'at+train', 'mart'] and not fig.legends
+    inside(fig)
+
+def labels(ax): return [t.get_text() for t in ax.texts if t.get_text()]
+
+def test_points_do_not_hide_each_other():
+    names = ['standard', LONG, *(f'at+train+method{i}' for i in range(7))]
+    df = pd.DataFrame([dict(method=m, natural=.8 + .01*(i % 2), robust=.4 + .01*(i % 3)) for i,m in enumerate(names)])
+    fig = plot_tradeoff(df)
+    ax, = fig.axes
+    assert labels(ax) == [wrapped(n, 26) for n in names]
+    fig.draw_without_rendering()
+    boxes = [t.get_window_extent() for t in ax.texts]
+    assert not any(a.overlaps(b) for i,a in enumerate(boxes) for b in boxes[:i])
+    sizes = {}
+    for c in ax.containers: sizes.setdefault(xy(c.lines[0])[0], []).append(c.lines[0].get_markersize())
+    assert all(of == sorted(set(of)) for of in sizes.values()) and max(map(len, sizes.values())) > 1 # one around the other
+    assert all(c.lines[0].get_markerfacecolor() == 'none' for c in ax.containers)
     inside(fig)
 
 def test_tradeoff_with_intervals():
@@ -156,7 +215,17 @@ def test_topology(scores):
     fig = plot_topology({f'β = {b}': s for b,s in scores.items()})
     nat,adv = fig.axes
     assert [xy(o) for o in nat.lines] == [[(5, 54), (30, 50)], [(5, 59), (30, 50)]] and xy(adv.lines[0]) == [(5, 30), (30, 14)]
-    assert legend(fig) == ['β = 6', 'β = 1'] and list(nat.get_xticks()) == [5, 30]
+    assert legend(fig) == ['β = 6', 'β = 1'] and list(nat.get_xticks()) == [5, 30] and not nat.collections
+    inside(fig)
+
+def test_intervals_of_topology_scores():
+    fig = plot_topology({'at': dict(scores[6], n=100), LONG: dict(scores[1], n=50)}, ['standard', 'at', LONG])
+    nat,adv = fig.axes
+    assert nat.get_ylim() == adv.get_ylim()
+    first = nat.collections[0].get_segments()[0]
+    assert tuple(first[:,1]) == pytest.approx([100*v for v in wilson(54, 100)]) and len(nat.collections) == 2
+    assert nat.lines[0].get_color() == styles_of(['standard', 'at'])['at']['color']
+    assert len(plot_strength({b: dict(s, n=50) for b,s in scores.items()}).axes[0].collections) == 2
     inside(fig)
 
 @pytest.mark.parametrize('scores', [scores, as_json])
@@ -196,8 +265,8 @@ def test_tsne(monkeypatch):
         color = {c: tuple(nat.get_facecolors()[i][:3]) for i,c in enumerate(first['y'][rows].tolist())}
         assert [tuple(f[:3]) for f in nat.get_facecolors()] == [color[c] for c in first['y'][rows].tolist()]
         assert len(set(color.values())) == 3
-    titles = [fig.axes[0].get_title(loc) for loc in ('center', 'left', 'right')]
-    assert titles == ['trades+lbgat+train\n', 'natural 60.4 %', 'PGD-20 28.1 %']
+    assert fig.axes[0].get_title() == 'trades+lbgat+train\nnatural 60.4 %, PGD-20 28.1 %'
+    assert {t.get_color() for t in texts(fig)} == {'black'}
     inside(fig)
 
 def test_tsne_of_few_images_and_many_models():
@@ -239,26 +308,118 @@ def test_images():
     assert {m: [o.training for o in model.modules()] for m,model in models.items()} == modes
     assert same({m: snapshot(model) for m,model in models.items()}, before) and torch.equal(torch.get_rng_state(), state)
     rows = np.array(fig.axes).reshape(5, 3)
-    assert [r[0].get_ylabel() for r in rows] == ['natural', 'perturbation\n×15.9', 'at', 'perturbation\n×15.9', 'trades+lbgat+train']
+    lbgat = 'trades+lbgat+train'
+    assert [r[0].get_ylabel() for r in rows] == [
+        'natural', 'at\nadversarial', 'at\nadded, ×15.9', f'{lbgat}\nadversarial', f'{lbgat}\nadded, ×15.9']
     assert [ax.get_title() for ax in rows[0]] == [f'class {int(i)}' for i in y]
-    nat,delta,adv,delta2,adv2 = (np.stack([ax.images[0].get_array() for ax in r]) for r in rows)
+    nat,adv,delta,adv2,delta2 = (np.stack([ax.images[0].get_array() for ax in r]) for r in rows)
     assert np.allclose(nat, x.permute(0, 2, 3, 1))
     for d,a in ((delta, adv), (delta2, adv2)): assert np.allclose(d, .5 + (a - nat)*255/16, atol=1e-5)
     assert delta.max() == pytest.approx(1, abs=1e-4) and delta2.max() == pytest.approx(.625, abs=1e-3) # the same scale for both
-    for r,model in ((rows[2], models['at']), (rows[4], models['trades+lbgat+train'])):
+    for r,model in ((rows[1], models['at']), (rows[3], models[lbgat])):
         x_adv = torch.stack([torch.as_tensor(ax.images[0].get_array()).permute(2, 0, 1) for ax in r])
-        with torch.no_grad(): p,pred = model.eval()(x_adv).softmax(1).max(1)
-        assert [ax.get_title() for ax in r] == [f'class {int(i)}\n{100*q:.0f} %' for i,q in zip(pred, p)]
-        right = {ax.title.get_color() for ax,i,t in zip(r, pred, y) if i == t}
-        wrong = {ax.title.get_color() for ax,i,t in zip(r, pred, y) if i != t}
-        assert len(right) <= 1 and not right & wrong
+        for place,kind,images in ((0, 'nat', x), (1, 'adv', x_adv)):
+            with torch.no_grad(): p,pred = model.eval()(images).softmax(1).max(1)
+            told = [f'{"✓" if i == t else "✗"} {kind} class {int(i)}, {100*q:.0f} %' for i,q,t in zip(pred, p, y)]
+            assert [ax.texts[place].get_text() for ax in r] == told
+            assert [ax.texts[place].get_color() for ax in r] == ['#009E73' if i == t else '#D55E00' for i,t in zip(pred, y)]
+    heading = fig.get_suptitle()
+    assert heading.startswith('attack. ') and 'green ✓ right' in heading
+    inside(fig)
 
 def test_colours_of_predictions():
     x,y = digits('test', 2)
     with torch.no_grad(): pred = net().eval()(x).argmax(1)
     y = torch.stack([pred[0], (pred[1] + 1) % 10])
-    fig = plot_images(dict(at=net()), x, y, lambda m, x, y: x) # an attack that does nothing: mid-grey
-    assert [ax.title.get_color() for ax in fig.axes[4:]] == ['#009E73', '#D55E00'] and (fig.axes[2].images[0].get_array() == .5).all()
+    fig = plot_images({LONG: net()}, x, y, lambda m, x, y: x) # an attack that does nothing: mid-grey
+    assert [ax.texts[1].get_color() for ax in fig.axes[2:4]] == ['#009E73', '#D55E00'] and (fig.axes[4].images[0].get_array() == .5).all()
+    inside(fig)
+
+def test_attack_is_written():
+    x,y = digits('test', 2)
+    said = plot_images(dict(at=net()), x, y, quick(1, 8/255, .01)).get_suptitle()
+    assert said.startswith('PGD, 1 steps of 0.01, ε = 8/255 (L∞). ')
+    assert plot_images(dict(at=net()), x, y, quick(1), title='PGD-1').get_suptitle().startswith('PGD-1. ')
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------------
+
+def table(n=40, n_classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = pd.DataFrame(dict(image=range(n), label=np.arange(n) % n_classes))
+    for attack,mean in (('natural', -2), ('pgd20', 0)):
+        margin = mean + rng.standard_normal(n)
+        rows[attack] = np.where(margin > 0, (rows.label + 1) % n_classes, rows.label)
+        rows[f'{attack} margin'] = margin
+    return rows
+
+TABLES = {'at': table(), LONG: table(seed=1)}
+
+def test_confusion_matrix():
+    from sklearn.metrics import confusion_matrix
+    t = table()
+    assert (confusion(t.label, t.pgd20, 4) == confusion_matrix(t.label, t.pgd20)).all()
+    assert confusion([0, 2], [2, 2], 4).tolist() == [[0, 0, 1, 0], [0]*4, [0, 0, 1, 0], [0]*4]
+
+def test_confusion():
+    fig = plot_confusion(TABLES, 'pgd20', ['automobile', 'b', 'c', 'd'], 'PGD-20')
+    nat,adv = fig.axes[:2]
+    assert [ax.get_title() for ax in (nat, adv)] == ['at\nnatural', 'at\nPGD-20']
+    t = TABLES['at']
+    share = 100*(t.pgd20[t.label == 1] == 2).mean()
+    assert adv.images[0].get_array()[1, 2] == pytest.approx(share) and f'{share:.0f}' in [t.get_text() for t in adv.texts]
+    inside(fig)
+    inside(plot_confusion({f'{LONG}{i}': table() for i in range(8)}))
+    assert not plot_confusion(dict(at=table(100, 50))).axes[0].texts # no numbers where there is no room
+
+def test_accuracy_of_classes():
+    rows = class_accuracies(table(), ('natural', 'pgd20'), 'abcd')
+    t = table()
+    hits = int((t.pgd20[t.label == 2] == 2).sum())
+    row = rows[(rows['class'] == 'c') & (rows.attack == 'pgd20')].iloc[0]
+    assert (row.n, row.accuracy) == (10, hits/10) and (row.low, row.high) == pytest.approx(wilson(hits, 10))
+
+def test_classes():
+    fig = plot_classes(TABLES, 'pgd20', ['automobile', 'b', 'c', 'd'], 'PGD-20')
+    robust = fig.axes[0].lines[1].get_xdata()
+    t = TABLES['at']
+    assert list(robust) == pytest.approx([100*(t.pgd20[t.label == c] == c).mean() for c in range(4)])
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['automobile', 'b', 'c', 'd']
+    inside(fig)
+    few = plot_classes(dict(at=table(200, 50)), most=5)
+    shown = [int(t.get_text()) for t in few.axes[0].get_yticklabels()]
+    t = table(200, 50)
+    means = (t.pgd20 == t.label).groupby(t.label).mean()
+    assert shown == sorted(shown) and len(shown) == 5 and means[shown].max() <= means.drop(shown).min()
+
+def test_margins():
+    fig = plot_margins(TABLES, 'pgd20', 'PGD-20')
+    bars = [p for p in fig.axes[0].patches if hasattr(p, 'get_height')]
+    assert sum(b.get_height() for b in bars) == 40 and 0 in np.round([b.get_x() for b in bars], 9)
+    wrong = 100*(TABLES['at']['pgd20 margin'] > 0).mean()
+    assert f'{wrong:.1f} % attacked' in fig.axes[0].get_title() and legend(fig) == ['natural', 'PGD-20']
+    inside(fig)
+
+def test_worst_images():
+    t = table()
+    worst = worst_images(t, 'pgd20', 3)
+    assert list(worst['pgd20 margin']) == sorted(t['pgd20 margin'], reverse=True)[:3]
+    images = {i: np.full((4, 4, 3), i/40) for i in worst.image}
+    fig = plot_worst_images({LONG: worst}, images, 'pgd20', 'abcd', 'PGD-20')
+    first = worst.iloc[0]
+    assert fig.axes[0].get_title() == f'{"abcd"[int(first.label)]} → {"abcd"[int(first.pgd20)]}\nmargin {first["pgd20 margin"]:.1f}'
+    assert fig.axes[0].images[0].get_array()[0, 0, 0] == pytest.approx(first.image/40)
+    inside(fig)
+
+@pytest.mark.parametrize('plot', [plot_confusion, plot_classes, plot_margins])
+def test_attack_that_was_not_measured(plot):
+    with pytest.raises(ValueError, match="results by image of at: there is no 'aa( margin)?' among image, label"): plot(dict(at=table()), 'aa')
+    with pytest.raises(ValueError, match='nothing to draw'): plot({})
+
+# -- files -------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, lines', [('at', ['at']), ('at+train', ['at+train']), ('', ['']), ('x'*30, ['x'*20, 'x'*10]),
+                                         (LONG[:48], ['trades:beta=6+lbgat', '+train:weight=20,', 'detach=False'])])
+def test_long_names_are_broken(name, lines): assert wrapped(name).split('\n') == lines
 
 def test_same_seed_same_images():
     x,y = digits('test', 2)

@@ -16,7 +16,7 @@ from ..core import environment, load_tensors, parse_eps, save_json
 from ..data.sources import get_dls
 from ..attacks.named import size_name, split_sizes
 from ..evaluation.evaluate import evaluate, parse_figures, rescored_rows
-from ..evaluation.record import Evaluation, read_evaluation, read_evaluations
+from ..evaluation.record import Evaluation, read_evaluation, read_evaluations, read_per_image, subset_name
 from ..models.backbone import create_backbone, load_weights
 from ..models.features import n_outputs
 from ..models.stored import stored_backbone
@@ -112,7 +112,7 @@ def evaluate_run(
             save_json(run.out/'evaluation.json', run.evaluations)
         if not results:
             raise ValueError(_nothing_there(run, todo, which))
-        show_run(run, [_with_earlier(run, r) for r in results], pictures, shown)
+        show_run(run, [_with_earlier(run, r) for r in results], pictures, shown, print)
     return results
 
 # %% ../../nbs/runs/evaluate.ipynb #754f666b
@@ -168,14 +168,18 @@ def show_run(
     run:Run,
     results:list, # Records, as of `evaluate_run`
     pictures, # Names, or 'all'
-    evaluations:dict=None # `{method: Evaluation}`, for pictures that need features
+    evaluations:dict=None, # `{method: Evaluation}`, for pictures that need features
+    tell=lambda line: None # Called with a line on pictures that cannot be made
 ):
     "Pictures and report of a run"
-    records = {r['method']: next(r[w] for w in CHECKPOINTS if w in r) for r in results}
+    shown = {r['method']: next(w for w in CHECKPOINTS if w in r) for r in results}
+    records = {r['method']: r[shown[r['method']]] for r in results}
+    def per_image(m): return read_per_image(_folder(run, m, shown[m]), subset_name(records[m]))
     best = {r['method']: r['best']['epoch'] for r in run.trained if 'best' in r}
     attack = run.recipe.eval_attack('pgd20')
-    exhibits = Exhibits(records, lambda m: _on_device(run.model(m), run), run.dls, attack, run.history, best, evaluations)
-    draw_pictures(pictures, exhibits, run.out)
+    exhibits = Exhibits(records, lambda m: _on_device(run.model(m), run), run.dls, attack, run.history, best, evaluations,
+                        per_image, run.recipe.eps, run.methods)
+    draw_pictures(pictures, exhibits, run.out, tell)
     write_report(run)
 
 def rescore_run(out, device=None) -> pd.DataFrame: # A row per method, checkpoint and attack
@@ -259,8 +263,9 @@ def evaluate_any(
     name = Path(str(spec).rpartition(':')[2]).stem
     attack = ev.attacks[ev.settings['l_tp_attack']].attack
     whole = read_evaluation(out, ev.settings['subset']) # with earlier figures that hold
-    exhibits = Exhibits({name: whole}, lambda _: model, dls, attack, evaluations={name: ev})
-    draw_pictures(pictures, exhibits, out)
+    exhibits = Exhibits({name: whole}, lambda _: model, dls, attack, evaluations={name: ev},
+                        per_image=lambda _: read_per_image(out, ev.settings['subset']))
+    draw_pictures(pictures, exhibits, out, print)
     made_from = f'{spec}, weights {weights}' if weights else str(spec)
     save_page(out, model_page(f'{name} on {data}', made_from, read_evaluations(out), environment(device), out))
     return ev
