@@ -50,10 +50,12 @@ def shell(monkeypatch, *args):
 
 # --- runs
 
+PICTURES = [f'{name}.png' for name in ('curves', 'relation', 'tradeoff', 'images', 'confusion', 'classes', 'margins', 'top_losses')]
+
 def test_training_leaves_everything(runs):
     run = Run(runs/'seed3')
     assert {f.name for f in run.out.iterdir()} == {
-        'checkpoints', 'curves.png', 'relation.png', 'tradeoff.png', 'images.png', 'evaluation',
+        'checkpoints', 'evaluation', *PICTURES,
         'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json', '.lock'}
     for m in METHODS: assert len(pd.read_csv(run.evaluation_folder(m)/'per_image.csv')) == 40
 
@@ -298,7 +300,7 @@ def test_topology_pictures(run):
 def test_page_is_self_contained(runs):
     page = (runs/'seed3'/'report.html').read_text()
     assert page.startswith('<!doctype html>') and '<title>digits: standard' in page and '<table>' in page
-    assert page.count('data:image/png;base64,') == 4 and not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count('data:image/png;base64,') == len(PICTURES) and not re.search(r'(src|href)="(?!data:)', page)
     script = '<script>alert(1)</script>'
     assert script not in html_page(Section(script, script, [Section(script)]), runs)
 

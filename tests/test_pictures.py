@@ -308,15 +308,15 @@ def test_images():
     assert {m: [o.training for o in model.modules()] for m,model in models.items()} == modes
     assert same({m: snapshot(model) for m,model in models.items()}, before) and torch.equal(torch.get_rng_state(), state)
     rows = np.array(fig.axes).reshape(5, 3)
-    lbgat = 'trades+lbgat+train'
+    label = 'trades+lbgat\n+train' # long names go on in another line
     assert [r[0].get_ylabel() for r in rows] == [
-        'natural', 'at\nadversarial', 'at\nadded, ×15.9', f'{lbgat}\nadversarial', f'{lbgat}\nadded, ×15.9']
+        'natural', 'at\nadversarial', 'at\nadded, ×15.9', f'{label}\nadversarial', f'{label}\nadded, ×15.9']
     assert [ax.get_title() for ax in rows[0]] == [f'class {int(i)}' for i in y]
     nat,adv,delta,adv2,delta2 = (np.stack([ax.images[0].get_array() for ax in r]) for r in rows)
     assert np.allclose(nat, x.permute(0, 2, 3, 1))
     for d,a in ((delta, adv), (delta2, adv2)): assert np.allclose(d, .5 + (a - nat)*255/16, atol=1e-5)
     assert delta.max() == pytest.approx(1, abs=1e-4) and delta2.max() == pytest.approx(.625, abs=1e-3) # the same scale for both
-    for r,model in ((rows[1], models['at']), (rows[3], models[lbgat])):
+    for r,model in ((rows[1], models['at']), (rows[3], models['trades+lbgat+train'])):
         x_adv = torch.stack([torch.as_tensor(ax.images[0].get_array()).permute(2, 0, 1) for ax in r])
         for place,kind,images in ((0, 'nat', x), (1, 'adv', x_adv)):
             with torch.no_grad(): p,pred = model.eval()(images).softmax(1).max(1)
@@ -412,7 +412,8 @@ def test_worst_images():
 
 @pytest.mark.parametrize('plot', [plot_confusion, plot_classes, plot_margins])
 def test_attack_that_was_not_measured(plot):
-    with pytest.raises(ValueError, match="results by image of at: there is no 'aa( margin)?' among image, label"): plot(dict(at=table()), 'aa')
+    match = "results by image of at: there is no 'aa( margin)?' among image, label"
+    with pytest.raises(ValueError, match=match): plot(dict(at=table()), 'aa')
     with pytest.raises(ValueError, match='nothing to draw'): plot({})
 
 # -- files -------------------------------------------------------------------------------------------------------------------
