@@ -13,7 +13,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
 
-from ..core import save_json, save_text
+from ..core import fork_rng, save_json, save_text
 from .evaluate import assess, recipe_attacks, show_run
 from .recipe import Recipe, bound_to_length, given_settings, make_recipe, monitor, recipe_fit, recipe_learner
 from .run import Run, read_history
@@ -57,7 +57,7 @@ def train_method(run:Run, method:str, cbs=()):
     "Train a method of a run, from where it is; its learner"
     dls,m = run.restart(),run.parsed(method)
     cbs = [History(run.out/'history.csv', method, run.plain_settings()), *cbs]
-    learn = recipe_learner(run.recipe, m, dls, cbs, keep=run.out/'checkpoints'/'warm.pt')
+    learn = recipe_learner(run.recipe, m, dls, cbs, keep=run.out/'checkpoints'/'warm.pt', speed=run.out/'speed.json')
     longer = not bound_to_length(run.recipe, [m])
     recipe_fit(run.recipe, learn, [Checkpoint(run.folder(method), monitor(learn), resume=True, longer=longer)])
     return learn
@@ -67,13 +67,15 @@ def _record(run, method, learn, attacks) -> dict:
     params = sum(p.numel() for p in learn.model.parameters())
     seconds = statistics.median(learn.history.seconds)
     found = assess(run, method, attacks)[0]
-    return dict(method=method, approximate=run.parsed(method).approximate, **found, params=params, seconds_per_epoch=seconds)
+    return dict(method=method, approximate=run.parsed(method).approximate, **found, params=params, seconds_per_epoch=seconds,
+                speed=learn.train_cb.speed.settings())
 
 # %% ../../nbs/runs/train.ipynb #c10c4002
 def _finish(run, attacks) -> list:
     "Do what is left of a run"
     with run.lock():
         _mend(run)
+        _choose_speed(run)
         left = _time_left(run)
         for method in run.methods:
             if _is_done(run, method): continue
@@ -82,6 +84,13 @@ def _finish(run, attacks) -> list:
             _enter(run, _record(run, method, learn, attacks))
         show_run(run, run.results, 'all')
     return run.results
+
+def _choose_speed(run):
+    "Measure once, with a method that attacks, what all methods of the run are computed with"
+    todo = [run.parsed(m) for m in run.methods if not _is_done(run, m)]
+    if not run.recipe.fast or not todo: return
+    method = next((m for m in todo if 'adv' in m.robust.needs), todo[0])
+    with fork_rng(): recipe_learner(run.recipe, method, run.restart(), speed=run.out/'speed.json')
 
 def _mend(run):
     "Write settings and history again if their files are missing; damaged ones are found before anything is trained"
