@@ -61,7 +61,7 @@ class Linf:
     @staticmethod
     def size(delta): return delta.flatten(1).abs().amax(1)
     @staticmethod
-    def ascend(x, grad, alpha): return grad.sign().mul_(alpha).add_(x)
+    def ascend(x, grad, alpha): return x + grad.sign().mul_(alpha) # in the memory layout of x, as noise is drawn in its order
     @staticmethod
     def within(x, eps, clip):
         "Brings images back, in place, into the ball around `x` and into the range `clip`"

@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attacks.pgd import PGD, objectives
+from ..attacks.pgd import PGD
 from ..core import environment, eval_mode, fork_rng, peek_batch, read_json, save_json, upcast
 from .options import Speed
 from .replica import current, find_pairs, make_replica
@@ -65,8 +65,6 @@ class Trial:
     x:Tensor # (N,...) images
     y:Tensor # (N,) labels
     attack:object=None # The adversary, such as a `PGD`; None: there is none
-    objective:object=None # What it maximises, where it leaves that open
-    start:object=None # Where it starts, likewise
     forwards:int=1 # Forwards of M' in a training step
     fixed:dict=field(default_factory=dict) # Options of `Speed` that are given by hand
 
@@ -87,8 +85,10 @@ class Trial:
     def adversaries(self, speed) -> Tensor:
         "From the same random numbers under all options"
         attack = self.attack.in_chunks(speed.chunk) if speed.chunk else self.attack
-        with fork_rng(0), self.region(speed):
-            return attack(self.replica(speed), self.x, self.y, objective=self.objective, start=self.start)
+        if isinstance(attack, PGD):
+            attack = copy.copy(attack)
+            attack.objective,attack.start = 'ce','uniform'
+        with fork_rng(0), self.region(speed): return attack(self.replica(speed), self.x, self.y)
 
 # %% ../../nbs/speed/fast.ipynb #0ab72057
 @patch
@@ -141,15 +141,12 @@ def _pairs(model, x):
 STRENGTH,MISSED = .98,.01 # share of the plain rise of the loss that is demanded, and of the images that may be missed
 
 @patch
-def strength(self:Trial, speed:Speed) -> dict: # 'rise' of the loss per image, 'wrong' of all images
+def strength(self:Trial, speed:Speed) -> dict: # 'rise' of the cross-entropy per image, 'wrong' of all images
     "What the adversaries do to the plain float32 model"
-    x_adv,n = self.adversaries(speed),len(self.y)
-    name = getattr(self.attack, 'objective', None) or self.objective or 'ce'
-    with eval_mode(self.model), torch.no_grad():
-        loss = objectives.get(name, name)(self.model, self.x, self.y)
-        before,after = upcast(self.model(self.x)),upcast(self.model(x_adv))
-        rise = (loss(after) - loss(before)).item()/n
-        return dict(rise=rise, wrong=(after.argmax(1) != self.y).sum().item())
+    x_adv = self.adversaries(speed)
+    with eval_mode(self.model), torch.no_grad(): before,after = upcast(self.model(self.x)),upcast(self.model(x_adv))
+    rise = F.cross_entropy(after, self.y) - F.cross_entropy(before, self.y)
+    return dict(rise=rise.item(), wrong=(after.argmax(1) != self.y).sum().item())
 
 def is_as_strong(
     found:dict, # `strength` of an alternative
@@ -273,7 +270,7 @@ def _trial(learn, fixed) -> Trial:
     forwards = len({'nat', 'adv'} & cb.needs)
     attack = cb.attack if 'adv' in cb.needs else None
     model = copy.deepcopy(get_model(learn.model)).to(x.device)
-    return Trial(model, x, y, attack, cb.robust.objective, cb.robust.start, forwards, fixed)
+    return Trial(model, x, y, attack, forwards, fixed)
 
 def _about(trial) -> dict:
     "What a measurement is good for"

@@ -72,8 +72,11 @@ class Replica(nn.Module):
         pairs = find_pairs(model, x[:2]) if fold else []
         self.net = copy.deepcopy(model).eval().requires_grad_(False)
         self._folds = [_fold(model, self.net, *pair) for pair in pairs]
-        self._shared = _shared_tensors(model, self.net, self._folds, dtype)
-        self._cast = _cast_tensors(model, self.net, self._folds, dtype)
+        folded = {f.mine for f in self._folds}
+        cast = {m for m in self.net.modules() if type(m) in (*_convs, nn.Linear)} if dtype else set()
+        for m in cast: m.to(dtype)
+        self._shared = _shared_tensors(model, self.net, folded | cast)
+        self._cast = _cast_tensors(model, self.net, cast, folded)
         self._run = self.net
         self.update()
         if pairs: self._check(x)
@@ -84,8 +87,8 @@ class Replica(nn.Module):
     def update(self):
         "Take over the present weights and statistics of the model"
         with torch.no_grad():
-            for mine,its in self._shared: mine.data = its.detach()
-            for mine,its in self._cast: mine.copy_(its)
+            for mine,owner,name in self._shared: mine.data = getattr(owner, name).detach()
+            for mine,owner,name in self._cast: mine.copy_(getattr(owner, name))
             for f in self._folds: f.update()
         return self
 
@@ -115,28 +118,18 @@ def _fold(model, net, conv, norm) -> _Fold:
     return _Fold(model.get_submodule(conv), model.get_submodule(norm), mine)
 
 # %% ../../nbs/speed/replica.ipynb #b98da699
-def _shared_tensors(model, net, folds, dtype) -> list: # Of (tensor of the replica, that of the model)
+def _shared_tensors(model, net, own) -> list: # Of (tensor of the replica, module of the model, name of the tensor in it)
     "What the replica has in common with the model"
-    own = {id(t) for m in _own_modules(net, folds, dtype) for t in m.parameters(False)}
-    its = dict(model.named_parameters()) | dict(model.named_buffers())
-    mine = dict(net.named_parameters()) | dict(net.named_buffers())
-    return [(t, its[n]) for n,t in mine.items() if id(t) not in own]
+    there = dict(model.named_modules())
+    modules = {n: m for n,m in net.named_modules() if m not in own and n in there}
+    return [(t, there[n], name) for n,m in modules.items() for name,t in _tensors(m)]
 
-def _cast_tensors(model, net, folds, dtype) -> list: # likewise
-    "What is cast: tensors of the replica become of the type `dtype` here"
-    folded = {id(f.mine) for f in folds}
-    names = {m: n for n,m in net.named_modules()}
-    pairs = []
-    for m in _own_modules(net, folds, dtype):
-        if dtype: m.to(dtype)
-        if id(m) not in folded: pairs += [(t, model.get_submodule(names[m]).get_parameter(n)) for n,t in m.named_parameters(recurse=False)]
-    return pairs
+def _cast_tensors(model, net, own, folded) -> list: # likewise
+    "What is cast with nothing else done to it"
+    modules = {n: m for n,m in net.named_modules() if m in own and m not in folded}
+    return [(t, model.get_submodule(n), name) for n,m in modules.items() for name,t in _tensors(m)]
 
-def _own_modules(net, folds, dtype) -> list:
-    "Modules of the replica with weights of their own: those that are folded or cast"
-    folded = [f.mine for f in folds]
-    if dtype is None: return folded
-    return [m for m in net.modules() if type(m) in (*_convs, nn.Linear) and m not in folded] + folded
+def _tensors(module): return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 # %% ../../nbs/speed/replica.ipynb #7fe34946
 @patch
