@@ -266,7 +266,7 @@ def _attacker(learn):
 
 def _trial(learn, fixed) -> Trial:
     cb = _attacker(learn)
-    x,y = (t.as_subclass(Tensor).to(learn.dls.device or 'cpu') for t in peek_batch(learn.dls.train)[:2])
+    x,y = (t.as_subclass(Tensor) for t in learn._set_device(peek_batch(learn.dls.train))[:2])
     forwards = len({'nat', 'adv'} & cb.needs)
     attack = cb.attack if 'adv' in cb.needs else None
     model = copy.deepcopy(get_model(learn.model)).to(x.device)

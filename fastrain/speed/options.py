@@ -60,7 +60,7 @@ class Precision(MixedPrecision):
 
 def device_type(learn) -> str:
     "Where the batches of a learner are: 'cpu', 'cuda', ..."
-    return torch.device(learn.dls.device or 'cpu').type
+    return torch.device(getattr(learn.dls, 'device', None) or 'cpu').type
 
 def check_precision(precision:str, device:str):
     "An error if a device has no such mixed precision"
