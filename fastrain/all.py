@@ -24,6 +24,9 @@ from fastrain.pieces.relations import *
 from fastrain.pieces.crd import *
 from fastrain.pieces.weights import *
 from fastrain.pieces.las import *
+from fastrain.speed.options import *
+from fastrain.speed.replica import *
+from fastrain.speed.fast import *
 from fastrain.training.schedules import *
 from fastrain.training.standard import *
 from fastrain.training.objective import *

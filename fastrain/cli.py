@@ -86,7 +86,14 @@ def train(
     img_size:int=None, # Side in pixels that images are brought to (default: their own, or 224 if above 64)
     path:str=None, # Local copy of a named data set (default: download)
     profile:str=None, # Settings to start from: everyday, digits, or the paper's lbgat or las
-    precision:str=None, # fp32, bf16 or fp16; the last two on a GPU (default fp32)
+    precision:str=None, # fp32, bf16 (on a CPU, too) or fp16 (on a GPU), by mixed precision (default fp32)
+    # Measure first which of the options below makes training the fastest here, with adversaries as strong; what is given by hand stays.
+    # The choice is kept in speed.json, for all methods and --resume
+    fast:bool=False,
+    channels_last:bool=False, # Weights and images with the channels last in memory
+    fold:bool=False, # BatchNorm within the convolutions during the attack: the same up to rounding
+    chunk:int=None, # Let the attack work on so many images at a time (default: a whole batch)
+    compile:bool=False, # The attack through torch.compile; with --fast, if that is faster
     device:str=None, # cpu, cuda, ... (default: a GPU if there is one)
     seed:int=None, # Seed of weights, batches and attacks (default 1)
     attacks:str=None, # Evaluate under these, see `fastrain evaluate --help` (default natural,pgd20)
@@ -104,7 +111,8 @@ def train(
         data=data, path=path, backbone=backbone, standard=standard, epochs=epochs, bs=bs, lr=lr, drops=_drops(drops), wd=wd,
         eps=_size('eps', eps), alpha=_size('alpha', alpha), steps=steps, norm=norm, eval_eps=_size('eval-eps', eval_eps), lam=lam,
         lam_schedule=lam_schedule, warmup=warmup, holdout=holdout, n_train=n_train, n_test=n_test, img_size=img_size,
-        precision=precision, seed=seed)
+        precision=precision, fast=fast or None, channels_last=channels_last or None, fold=fold or None, chunk=chunk,
+        compile=compile or None, seed=seed)
     load_pieces(load)
     _place(device)
     if resume: return _show(resume_run(out, device, methods, attacks, _given(profile=profile, **settings), command), out)
@@ -250,7 +258,8 @@ _groups = dict(
         'what to train': 'data method out backbone epochs eps attacks seed device resume',
         'the adversary': 'alpha steps norm eval_eps',
         'the standard model, and what relates both': 'standard warmup lam lam_schedule',
-        'optimizer': 'bs lr drops wd precision profile',
+        'optimizer': 'bs lr drops wd profile',
+        'speed': 'fast precision channels_last fold chunk compile',
         'images': 'holdout n_train n_test img_size path'},
     evaluate={
         'what to evaluate': 'attacks n eps pictures method which out device',

@@ -7,6 +7,7 @@ __all__ = ['ce_objective', 'kl_objective', 'logit_margin', 'margin_objective', '
            'random_noise', 'check_images', 'check_labels']
 
 # %% ../../nbs/attacks/pgd.ipynb #a80df3e2
+import copy
 import math
 import numbers
 from dataclasses import dataclass, field
@@ -59,6 +60,13 @@ class Linf:
     def sample(x, eps): return torch.empty_like(x).uniform_(-1, 1)*eps
     @staticmethod
     def size(delta): return delta.flatten(1).abs().amax(1)
+    @staticmethod
+    def ascend(x, grad, alpha): return x + grad.sign().mul_(alpha) # in the memory layout of x, as noise is drawn in its order
+    @staticmethod
+    def within(x, eps, clip):
+        "Brings images back, in place, into the ball around `x` and into the range `clip`"
+        low,high = (x - eps).clamp_(*clip),(x + eps).clamp_(*clip)
+        return lambda x_adv: x_adv.clamp_(low, high)
 
 class L2:
     "The ball of the Euclidean norm over all values of one image"
@@ -76,6 +84,10 @@ class L2:
         return delta/_norm(delta)*_like(radius, x)*eps
     @staticmethod
     def size(delta): return delta.flatten(1).norm(dim=1)
+    @staticmethod
+    def ascend(x, grad, alpha): return x + alpha*L2.direction(grad)
+    @staticmethod
+    def within(x, eps, clip): return lambda x_adv: L2.project(x_adv, x, eps).clamp_(*clip)
 
 def _like(v, x): return v.view(-1, *[1]*(x.ndim-1))
 def _norm(x): return _like(x.flatten(1).norm(dim=1), x)
@@ -119,6 +131,7 @@ def as_size(name:str, value) -> float:
 # %% ../../nbs/attacks/pgd.ipynb #ba45e462
 class PGD:
     "Projected gradient descent (Madry et al. 2018) against a model on images; see the arguments for its variants"
+    _chunk = None # images at a time, see `in_chunks`
     def __init__(self,
         eps:float=.031, # Size of the ball in pixel units of [0,1], e.g. `8/255` (L2: of the whole image)
         alpha:float=.007, # Step size in the same units
@@ -171,7 +184,7 @@ def __call__(self:PGD,
     with eval_mode(model), torch.enable_grad():
         x_adv = start(x, start_eps, norm, self.clip)
         if self.steps == 0: return norm.project(x_adv, x, self.eps).clamp(*self.clip)
-        loss = objective(model, x, y)
+        loss = objective(self._forward(model), x, y)
         x_adv = self._ascend(model, loss, x, x_adv, eps, plan)
         if plan.clamp is not None: x_adv = norm.project(x_adv, x, plan.clamp).clamp(*self.clip)
     return x_adv
@@ -185,19 +198,18 @@ def _ascend(self:PGD, model, loss, x, x_adv, eps, plan):
     "Steps from `x_adv` that increase `loss`, within the ball of `eps` around `x`"
     norm = norms[self.norm]
     alpha = self.alpha if plan.alpha is None else _sized(plan.alpha, x)
-    at = ...
+    at,within = ...,None
     for t in range(self.steps if plan.steps is None else int(plan.steps.max())):
-        if plan.steps is not None: at = _among(at, _of(plan.steps, at) > t)
+        if plan.steps is not None: at,within = _among(at, _of(plan.steps, at) > t),None
         z = x_adv[at].requires_grad_()
-        logits = upcast(model(z))
+        logits,gradient = self._look(model, loss, z, at)
         moves = plan.moves(t, logits.detach(), at) if plan.moves else None
         if moves is not None and not moves.any(): break
-        value = loss(logits) if at is ... else loss(logits, at)
-        grad, = torch.autograd.grad(value, z)
-        z = z.detach() + _of(alpha, at)*norm.direction(grad)
+        z = norm.ascend(z.detach(), gradient(), _of(alpha, at))
         if plan.noise: z += plan.noise*torch.randn_like(z)
-        z = norm.project(z, x[at], _of(eps, at)).clamp(*self.clip)
-        if moves is not None: z,at = z[moves],_among(at, moves)
+        within = within or norm.within(x[at], _of(eps, at), self.clip)
+        z = within(z)
+        if moves is not None: z,at,within = z[moves],_among(at, moves),None
         x_adv = z if at is ... else x_adv.index_copy(0, at, z)
     return x_adv
 
@@ -207,6 +219,39 @@ def _among(at, mask):
     "The places that `mask`, a value for each of `at`, leaves"
     if at is ...: at = torch.arange(len(mask), device=mask.device)
     return at[mask]
+
+# %% ../../nbs/attacks/pgd.ipynb #c4a0be02
+@patch
+def in_chunks(self:PGD,
+    n:int=None # Images whose gradients are computed at a time; None: all of a batch
+) -> PGD:
+    "The same attack, which works through a batch in parts; its adversaries are the same"
+    attack = copy.copy(self)
+    attack._chunk = n if n is None else check_number('chunk', n, at_least=1, whole=True, what='number of images')
+    return attack
+
+@patch
+def _forward(self:PGD, model):
+    "The model, or a function that calls it part by part"
+    if self._chunk is None: return model
+    return lambda x: torch.cat([model(part) for part in x.split(self._chunk)])
+
+@patch
+def _look(self:PGD, model, loss, z, at) -> tuple: # (N,C), () → tensor like `z`
+    "The logits of the images `z`, and what gives the gradient of their loss"
+    if self._chunk is None or len(z) <= self._chunk:
+        logits = upcast(model(z))
+        return logits,lambda: torch.autograd.grad(loss(logits) if at is ... else loss(logits, at), z)[0]
+    parts = [self._look_at_part(model, loss, z, at, slice(i, i + self._chunk)) for i in range(0, len(z), self._chunk)]
+    logits,gradients = map(torch.cat, zip(*parts))
+    return logits,lambda: gradients
+
+@patch
+def _look_at_part(self:PGD, model, loss, z, at, part):
+    z = z[part].detach().requires_grad_()
+    logits = upcast(model(z))
+    value = loss(logits, part if at is ... else at[part])
+    return logits.detach(),torch.autograd.grad(value, z)[0]
 
 # %% ../../nbs/attacks/pgd.ipynb #b03871fa
 def FGSM(eps:float=.031, **kwargs):

@@ -11,7 +11,6 @@ __all__ = ['profiles', 'Recipe', 'make_recipe', 'given_settings', 'recipe_dls', 
 from dataclasses import asdict, dataclass
 
 import torch
-import fastai.callback.fp16 # to_bf16, to_fp16
 import fastai.callback.schedule # fit_one_cycle
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -23,6 +22,9 @@ from ..attacks.pgd import PGD
 from ..core import check_name, check_number, fork_rng, lookup, shown
 from ..data.sources import get_dls
 from ..models.backbone import create_backbone
+from ..pieces.base import check_flag
+from ..speed import fast # noqa: F401  to_fast
+from ..speed.options import Speed, check_precision
 from ..training.callback import TRAINCallback
 from ..training.methods import Method, parse_method
 from ..training.metrics import RobustAccuracy
@@ -60,13 +62,19 @@ class Recipe:
     img_size:int = None
     small_images:bool = None
     seed:int = 1
-    precision:str = 'fp32'
+    precision:str = None # Here and below, None: as measured with fast, else off
+    fast:bool = False # Measure what is the fastest way to compute?
+    channels_last:bool = None
+    fold:bool = None
+    chunk:int = None # Images that the attack works on at a time
+    compile:bool = None
     def __post_init__(self):
         "Everything that can be checked is, before anything is loaded"
         self._check_numbers()
         self._check_names()
         self._fill(alpha=self.eps/4, warmup=self.epochs, eval_eps=self.eps)
         self._fill(eval_alpha=self.eval_eps/10)
+        if not self.fast: self._fill(precision='fp32', channels_last=False, fold=False, compile=False)
         self._check_attacks()
     def _fill(self, **values):
         "The record shows what was used, not None"
@@ -86,7 +94,7 @@ _bounds = dict(
     steps=dict(at_least=1, whole=True, what='number of steps'), lam=dict(at_least=0, what='weight'),
     bs=dict(at_least=3, whole=True, what='number of images (a relation compares each with the others of its batch)'),
     holdout=dict(at_least=0, what='share or number of images'), n_train=_images, n_test=_images, n_valid=_images,
-    img_size=dict(at_least=8, at_most=4096, whole=True, what='side in pixels'), seed=dict(whole=True))
+    img_size=dict(at_least=8, at_most=4096, whole=True, what='side in pixels'), seed=dict(whole=True), chunk=_images)
 
 @patch
 def _check_numbers(self:Recipe):
@@ -113,9 +121,9 @@ def _check_names(self:Recipe):
     for name in ('data', 'backbone', 'standard'): _check_path(name, getattr(self, name))
     if self.path is not None: _check_path('path', str(self.path))
     lookup(self.norm, ('linf', 'l2'), 'norm')
-    lookup(self.precision, ('fp32', 'bf16', 'fp16'), 'precision')
-    if self.precision != 'fp32' and not torch.cuda.is_available():
-        raise ValueError(f'precision={self.precision!r} needs a CUDA GPU, and there is none: use fp32')
+    check_flag('fast', self.fast)
+    Speed(**self.by_hand)
+    check_precision(self.precision, 'cuda' if torch.cuda.is_available() else 'cpu')
     self.schedule # looks up its name
 
 def _check_path(kind, name):
@@ -137,6 +145,12 @@ def _check_attacks(self:Recipe):
 def attack(self:Recipe) -> PGD:
     "The adversary of training"
     return PGD(self.eps, self.alpha, self.steps, norm=self.norm)
+
+@patch(as_prop=True)
+def by_hand(self:Recipe) -> dict: # Arguments of `Speed`
+    "The options of speed that are not left to measurement"
+    options = {name: getattr(self, name) for name in ('precision', 'channels_last', 'fold', 'chunk', 'compile')}
+    return {name: value for name,value in options.items() if value is not None}
 
 @patch(as_prop=True)
 def schedule(self:Recipe) -> LambdaSchedule:
@@ -231,7 +245,8 @@ def recipe_learner(
     method, # By name, see `parse_method`, or a `Method`
     dls,
     cbs=(), # More callbacks
-    keep=None # File for the warmed-up standard model, shared by all methods with one
+    keep=None, # File for the warmed-up standard model, shared by all methods with one
+    speed=None # File for what is measured to be fast, which all methods share
 ) -> Learner:
     "The learner of a recipe"
     robust = RobustAccuracy(PGD(r.eps, r.alpha, 10, norm=r.norm), n=r.n_valid)
@@ -239,7 +254,9 @@ def recipe_learner(
     cbs = [recipe_callback(r, method, dls, keep), *cbs]
     learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=torch_sgd, lr=r.lr, wd=r.wd, wd_bn_bias=True,
                     moms=(r.mom,)*3, metrics=[accuracy, robust], cbs=cbs)
-    return getattr(learn, f'to_{r.precision}')()
+    if r.fast: return learn.to_fast(**r.by_hand, keep=speed)
+    plain = Speed(**r.by_hand) == Speed()
+    return learn if plain else learn.to_speed(Speed(**r.by_hand))
 
 def bound_to_length(
     r:Recipe,

@@ -13,7 +13,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
 
-from ..core import save_json, save_text
+from ..core import fork_rng, save_json, save_text
 from .evaluate import assess, recipe_attacks, show_run
 from .recipe import Recipe, bound_to_length, given_settings, make_recipe, monitor, recipe_fit, recipe_learner
 from .run import Run, read_history
@@ -57,31 +57,40 @@ def train_method(run:Run, method:str, cbs=()):
     "Train a method of a run, from where it is; its learner"
     dls,m = run.restart(),run.parsed(method)
     cbs = [History(run.out/'history.csv', method, run.plain_settings()), *cbs]
-    learn = recipe_learner(run.recipe, m, dls, cbs, keep=run.out/'checkpoints'/'warm.pt')
+    learn = recipe_learner(run.recipe, m, dls, cbs, keep=run.out/'checkpoints'/'warm.pt', speed=run.out/'speed.json')
     longer = not bound_to_length(run.recipe, [m])
     recipe_fit(run.recipe, learn, [Checkpoint(run.folder(method), monitor(learn), resume=True, longer=longer)])
     return learn
 
-def _record(run, method, learn, attacks, command) -> dict:
+def _record(run, method, learn, attacks) -> dict:
     "What `results.json` has of a method"
     params = sum(p.numel() for p in learn.model.parameters())
     seconds = statistics.median(learn.history.seconds)
-    found = assess(run, method, attacks, command=command)[0]
-    return dict(method=method, approximate=run.parsed(method).approximate, **found, params=params, seconds_per_epoch=seconds)
+    found = assess(run, method, attacks)[0]
+    return dict(method=method, approximate=run.parsed(method).approximate, **found, params=params, seconds_per_epoch=seconds,
+                speed=learn.train_cb.speed.settings())
 
 # %% ../../nbs/runs/train.ipynb #c10c4002
-def _finish(run, attacks, command) -> list:
+def _finish(run, attacks) -> list:
     "Do what is left of a run"
     with run.lock():
         _mend(run)
+        _choose_speed(run)
         left = _time_left(run)
         for method in run.methods:
             if _is_done(run, method): continue
             print(f'\n{method} ({run.recipe.backbone}, {run.recipe.epochs} epochs)')
             learn = train_method(run, method, [left])
-            _enter(run, _record(run, method, learn, attacks, command))
+            _enter(run, _record(run, method, learn, attacks))
         show_run(run, run.results, 'all')
     return run.results
+
+def _choose_speed(run):
+    "Measure once, with a method that attacks, what all methods of the run are computed with"
+    todo = [run.parsed(m) for m in run.methods if not _is_done(run, m)]
+    if not run.recipe.fast or not todo: return
+    method = next((m for m in todo if 'adv' in m.robust.needs), todo[0])
+    with fork_rng(): recipe_learner(run.recipe, method, run.restart(), speed=run.out/'speed.json')
 
 def _mend(run):
     "Write settings and history again if their files are missing; damaged ones are found before anything is trained"
@@ -116,13 +125,12 @@ def train_run(
     recipe:Recipe=None, # Settings; None: the digits
     methods=('standard', 'at', 'at+train'), # Methods by name, trained one after the other from the same weights
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
-    attacks=_attacks, # Attacks by name, under which they are evaluated
-    command:str=None # What was typed, for the report
+    attacks=_attacks # Attacks by name, under which they are evaluated
 ) -> list: # A record per method, as in `results.json`
     "Train and evaluate methods on the same data, weights and budget"
     recipe = recipe or make_recipe()
     attacks = recipe_attacks(recipe, attacks)
-    return _finish(Run.create(out, recipe, methods, device, attacks, command), attacks, command)
+    return _finish(Run.create(out, recipe, methods, device, attacks), attacks)
 
 def start_run(out, recipe:Recipe=None, methods=('standard', 'at', 'at+train'), device=None) -> Run:
     "The folder of a run with its settings, and nothing trained yet; arguments as of `train_run`"
@@ -133,8 +141,7 @@ def resume_run(
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
     methods=(), # Methods to add to those of the run
     attacks=None, # Attacks by name, under which what is left is evaluated; None: those of the run
-    settings:dict=None, # Arguments of `make_recipe` that must agree with the run's, save for `path`, and `epochs`, which may grow
-    command:str=None # What was typed, for the report
+    settings:dict=None # Arguments of `make_recipe` that must agree with the run's, save for `path`, and `epochs`, which may grow
 ) -> list: # A record per method, as in `results.json`
     "Do what is left of a run, and what is new in `methods`: nothing is trained or evaluated twice"
     settings = settings or {}
@@ -143,5 +150,4 @@ def resume_run(
     with run.lock():
         run.agree(given_settings(**settings), given)
         run.add(methods)
-        left = given or recipe_attacks(run.recipe, run.settings.get('attacks', _attacks))
-        return _finish(run, left, command)
+        return _finish(run, given or recipe_attacks(run.recipe, run.settings.get('attacks', _attacks)))

@@ -31,6 +31,8 @@ from ..models.stems import image_size
 from ..pieces.base import CrossEntropy, Output, Step, Training, Views
 from ..pieces.losses import AT
 from ..pieces.relations import Topology
+from ..speed.options import Precision, Speed
+from ..speed.replica import current, make_replica
 from .batches import BatchWatch
 from .checkpoint import Checkpoint
 from .loss_func import check_class_weights, cross_entropy_of, loss_name
@@ -45,7 +47,8 @@ from .standard import as_policy, callback_of, learner_beside, step_beside
 class TRAINCallback(Callback):
     "Adversarial training of the learner's model, with a standard model beside it whose batch topology it keeps (TRAIN, Mi et al. 2024)"
     order,name = GradientAccumulation.order-1,'train_cb' # complete losses before they are divided; the attack outside the autocast region
-    _learn,_capture = None,None
+    _learn,_capture,_replica = None,None,None
+    speed,measured = Speed(),False # how adversaries are computed, see `Learner.to_speed`; and was it chosen by `to_fast`?
     def __init__(self,
         standard='resnet18', # Standard model M: a backbone's name, an `nn.Module`, a `Learner`, a policy (`CoTrained`, `Frozen`), or None
         *,
@@ -126,6 +129,7 @@ def after_fit(self:TRAINCallback):
 def _leave_nothing(self:TRAINCallback):
     "Take back what a batch that was cut short has left, and the columns"
     self._undo()
+    self._replica = None
     self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, Column)]
 
 @patch(as_prop=True)
@@ -149,13 +153,15 @@ def _check(self:TRAINCallback):
 @patch
 def _check_callbacks(self:TRAINCallback):
     "Errors for callbacks that cannot be beside this one; a warning for mixed precision that will not be"
+    mixed = callback_of(self.learn, MixedPrecision)
     if sum(isinstance(cb, TRAINCallback) for cb in self.learn.cbs) > 1:
         raise ValueError('The learner has two TRAINCallbacks, which would attack and train twice: '
                          'remove one, `learn.remove_cbs(TRAINCallback)` removes both')
     if callback_of(self.learn, MixHandler):
         raise ValueError('MixUp and CutMix mix images after they were attacked, with labels that the attack did not see: remove them')
-    if callback_of(self.learn, MixedPrecision) and not torch.cuda.is_available():
-        warnings.warn('to_fp16 and to_bf16 work on CUDA GPUs alone, and there is none: this training computes in float32, as without them')
+    if mixed and not isinstance(mixed, Precision) and not torch.cuda.is_available():
+        warnings.warn('This mixed precision works on CUDA GPUs alone, and there is none: this training computes in float32, as without it. '
+                      '`learn.to_bf16()` works on a CPU, too')
 
 @patch(as_prop=True)
 def _clip(self:TRAINCallback):
@@ -272,9 +278,16 @@ def _make_adversaries(self:TRAINCallback, v):
     model = get_model(self.learn.model)
     with self._precision():
         plan = (self.strategy or self.robust).plan(model, v, self.attack)
-        v.x_adv = self.attack(model, v.x, v.y, objective=self.robust.objective, start=self.robust.start, plan=plan)
+        attack = self.attack.in_chunks(self.speed.chunk) if self.speed.chunk else self.attack
+        v.x_adv = attack(self._attacked(v.x), v.x, v.y, objective=self.robust.objective, start=self.robust.start, plan=plan)
     if plan: v.notes = plan.notes
     if self.strategy: self.strategy.attacked(self.step)
+
+@patch
+def _attacked(self:TRAINCallback, x) -> nn.Module:
+    "M', or a replica of it as it is now"
+    if self._replica is None: self._replica = make_replica(get_model(self.learn.model), x, self.speed)
+    return current(self._replica)
 
 def _plain(t): return t.as_subclass(Tensor)
 

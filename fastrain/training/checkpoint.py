@@ -61,7 +61,7 @@ def _training(learn) -> dict:
 
 def _of_learner(learn) -> dict:
     dl = learn.dls.train
-    return dict(optimizer=_optimizer(learn.opt), loss_func=_loss(learn.loss_func), precision=_precision(learn),
+    return dict(optimizer=_optimizer(learn.opt), loss_func=_loss(learn.loss_func), precision=_said_precision(learn),
                 bs=getattr(dl, 'bs', None), images=getattr(dl, 'n', None))
 
 def _optimizer(opt) -> str:
@@ -79,6 +79,8 @@ def _loss(f) -> dict:
     return dict(kind=_name(f)) | {k: v.tolist() if isinstance(v, Tensor) else v for k,v in values.items() if _is_plain(v)}
 
 def _is_plain(v): return v is None or isinstance(v, (bool, int, float, str, Tensor))
+
+def _said_precision(learn): return 'measured' if any(vars(cb).get('measured') for cb in learn.cbs) else _precision(learn)
 
 def _precision(learn): return next((str(cb.amp_mode.value) for cb in learn.cbs if isinstance(cb, MixedPrecision)), 'fp32')
 

@@ -139,7 +139,7 @@ def warm_up(self:StandardPolicy, learn):
 @patch
 def _train_alone(self:StandardPolicy, learn):
     precision = callback_of(learn, MixedPrecision)
-    cbs = MixedPrecision(precision.amp_mode) if precision else None
+    cbs = type(precision)(precision.amp_mode) if precision else None
     bar = nullcontext() if callback_of(learn, ProgressCallback) else self.learner.no_bar()
     with ExitStack() as kept, bar, self.learner.no_logging():
         for dl in self.learner.dls.loaders: kept.enter_context(undisturbed(dl)) # a warm-up that is loaded draws nothing
