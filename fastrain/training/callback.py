@@ -28,7 +28,7 @@ from ..attacks.pgd import as_attack
 from ..core import peek_batch, upcast
 from ..models.features import FeatureCapture, n_outputs
 from ..models.stems import image_size
-from ..pieces.base import CrossEntropy, Output, Step, Training, Views
+from ..pieces.base import CrossEntropy, Output, Step, Training, Views, check_flag, order_of_passes
 from ..pieces.losses import AT
 from ..pieces.relations import Topology
 from .batches import BatchWatch
@@ -55,7 +55,8 @@ class TRAINCallback(Callback):
         relation=None, # What keeps M' like M: `Relation`s or names; default `Topology()` if there is a standard model; False for none
         perturb=None, # Perturbation of the weights, such as `AWP()` or 'awp'
         average=None, # Average of the weights, such as `EMA()` or 'ema:decay=.99'
-        lam=5. # λ: a number, a `LambdaSchedule`, or any function of training progress
+        lam=5., # λ: a number, a `LambdaSchedule`, or any function of training progress
+        strict:bool=False # Passes of M' through BatchNorm in the number and order of the official codes, see `fastrain.pieces.base`
     ):
         self.robust = as_piece('robust', robust, 'robust') or AT()
         self.strategy = as_piece('strategy', strategy, 'strategy')
@@ -68,7 +69,9 @@ class TRAINCallback(Callback):
         self.objective = Objective(self.robust, self.relations, self.lam)
         self.pieces = _by_family(self.robust, self.strategy, self.relations, self.perturb, self.average)
         self.needs = {n for p in self.pieces.values() for n in p.needs}
-        self.first = 'nat' if 'nat' in self.needs else 'adv' # the view of the learner's own forward; x before x', as the papers' code
+        self.strict = check_flag('strict', strict)
+        ruling = (*self.relations, self.strategy, self.perturb, self.robust) if strict else ()
+        self.passes = order_of_passes(self.robust, self.needs, [p for p in ruling if p]) # the first is the learner's own forward
         self.fitting,self.columns,self._side = False,{},None
 
     @property
@@ -238,7 +241,7 @@ def before_batch(self:TRAINCallback):
     self.step = self._make_step(v)
     if 'adv' in self.needs: self._make_adversaries(v)
     if self.perturb: self.perturb.perturb(self.step)
-    self.learn.xb = (v.x if self.first == 'nat' else v.x_adv,)
+    self.learn.xb = (v.x_adv if self.passes[0] == 'adv' else v.x,)
     self._capture = FeatureCapture(self.step.model).__enter__() if self.step.features else None
 
 @patch(as_prop=True)
@@ -259,7 +262,8 @@ def _look_at(self:TRAINCallback, v):
 @patch
 def _make_step(self:TRAINCallback, v) -> Step:
     return Step(self.learn.model, v, self.robust, self.attack, self.perturb, features='features' in self.needs,
-                look_standard=self.policy and self.policy.look, precision=self._precision, lr=float(self.learn.opt.hypers[-1]['lr']))
+                look_standard=self.policy and self.policy.look, precision=self._precision, lr=float(self.learn.opt.hypers[-1]['lr']),
+                strict=self.strict)
 
 @patch
 def _precision(self:TRAINCallback):
@@ -284,14 +288,14 @@ def after_pred(self:TRAINCallback):
     if self._training_batch:
         features = upcast(self._capture.features) if self._capture else None
         self._release()
-        setattr(self.views, self.first, Output(upcast(self.pred), features))
+        setattr(self.views, self.passes[0], Output(upcast(self.pred), features))
     elif self.fitting and not self.learn.lock.locked(): self._validate_beside()
 
 @patch
 def after_loss(self:TRAINCallback):
     if not self._training_batch: return
     v,std_loss = self.views,None
-    if self.first == 'nat' and 'adv' in self.needs: v.adv = self.step.look(v.x_adv)
+    for name,output in self.step.outputs(self.passes[1:]).items(): setattr(v, name, output)
     if self.policy:
         v.std = self.policy.view(v.x)
         std_loss = self.policy.loss(v.std, v.y)
@@ -399,7 +403,7 @@ def settings(self:TRAINCallback) -> dict:
     parts = {**dict.fromkeys(_single), **self.pieces, 'attack': self.attack, 'lam': self.lam, 'standard': self.policy}
     found = {name: part and _described(part) for name,part in parts.items()}
     if self.policy: found['standard'].pop('keep', None)
-    return dict(found, loss_func=self._learn and _said_by(self._learn.loss_func))
+    return dict(found, loss_func=self._learn and _said_by(self._learn.loss_func), strict=self.strict)
 
 def _said_by(loss_func) -> dict:
     try: ce = cross_entropy_of(loss_func)
