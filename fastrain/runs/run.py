@@ -93,7 +93,8 @@ def _recipe(settings):
     if missing := [name for name in _always_there if name not in settings]: raise ValueError(f'the recipe has no {", ".join(missing)}')
     return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k,v in settings.items()})
 
-_always_there = list(Recipe.__dataclass_fields__) # since version 0.1; a setting that comes later has a default that is as before
+_later = 'strict', # than version 0.1; their defaults are as before
+_always_there = [name for name in Recipe.__dataclass_fields__ if name not in _later]
 
 def _methods(names):
     if isinstance(names, list) and names and all(isinstance(n, str) for n in names): return names
