@@ -8,7 +8,6 @@ __all__ = ['TRAINCallback']
 # %% ../../nbs/training/callback.ipynb #ba924a4a
 import copy
 import inspect
-import math
 import re
 import warnings
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import Tensor, distributed, nn
@@ -35,7 +34,7 @@ from .batches import BatchWatch
 from .checkpoint import Checkpoint
 from .loss_func import check_class_weights, cross_entropy_of, loss_name
 from .methods import as_piece
-from .metrics import Column, history # whoever has the callback wants to see what it recorded
+from .metrics import Column, LossOnDevice, history # whoever has the callback wants to see what it recorded
 from .objective import Objective
 from .preconditions import check_channels, check_classes, check_data, check_features, check_pieces, check_terms
 from .schedules import as_lambda
@@ -46,6 +45,7 @@ class TRAINCallback(Callback):
     "Adversarial training of the learner's model, with a standard model beside it whose batch topology it keeps (TRAIN, Mi et al. 2024)"
     order,name = GradientAccumulation.order-1,'train_cb' # complete losses before they are divided; the attack outside the autocast region
     _learn,_capture = None,None
+    __setattr__ = object.__setattr__ # fastai's asks the model for every name
     def __init__(self,
         standard='resnet18', # Standard model M: a backbone's name, an `nn.Module`, a `Learner`, a policy (`CoTrained`, `Frozen`), or None
         *,
@@ -116,7 +116,8 @@ def before_fit(self:TRAINCallback):
     self._watch = BatchWatch(self._clip, n_classes)
     self._build_standard(n_classes, x)
     self._set_up_pieces(n_classes, x)
-    if self._searching: self._snapshot = copy.deepcopy(self.state_dict())
+    if self._searching: self._snapshot = copy.deepcopy(self.state_dict()) # and looks at the loss of each batch
+    elif recorder := callback_of(self.learn, Recorder): LossOnDevice.put_into(recorder)
     self._add_columns()
 
 @patch
@@ -129,6 +130,7 @@ def after_fit(self:TRAINCallback):
 def _leave_nothing(self:TRAINCallback):
     "Take back what a batch that was cut short has left, and the columns"
     self._undo()
+    if recorder := callback_of(self.learn, Recorder): LossOnDevice.take_out(recorder)
     self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, Column)]
 
 @patch(as_prop=True)
@@ -235,7 +237,7 @@ def before_train(self:TRAINCallback):
 @patch
 def before_batch(self:TRAINCallback):
     if not self._training_batch: return
-    self.total = 0.
+    self.total,self.terms = 0.,{}
     v = self.views = self._batch_views()
     self._look_at(v)
     self.step = self._make_step(v)
@@ -331,18 +333,26 @@ def after_step(self:TRAINCallback):
 
 @patch
 def after_batch(self:TRAINCallback):
-    if not self._training_batch or math.isfinite(self._watch.read(self.total)): return
-    if self._searching: raise CancelFitException
-    raise FloatingPointError(self._what_diverged())
+    if not self._training_batch: return
+    terms = {n: t.detach() for n,t in self.terms.items()}
+    self._stop_at(self._watch.keep(self.total, (self.epoch, self.iter, self.total, terms)))
+    if self._searching: self._stop_at(self._watch.judge())
 
 @patch
-def _what_diverged(self:TRAINCallback) -> str:
-    terms = ', '.join(f'{n} = {t.item():.4g}' for n,t in self.terms.items())
+def _stop_at(self:TRAINCallback, batch):
+    "End the training if a batch is named"
+    if batch is None: return
+    if self._searching: raise CancelFitException
+    raise FloatingPointError(self._what_diverged(*batch))
+
+@patch
+def _what_diverged(self:TRAINCallback, epoch, batch, total, terms) -> str:
+    terms = ', '.join(f'{n} = {t.item():.4g}' for n,t in terms.items())
     checkpoint = callback_of(self.learn, Checkpoint)
     kept = checkpoint and checkpoint.last
     saved = f'The last good checkpoint is {kept}' if kept and kept.is_file() else (
         'Nothing was saved: add `Checkpoint(...)` to keep the last good epoch')
-    return (f'The loss became {float(self.total):.4g} in epoch {self.epoch}, batch {self.iter} ({terms}). '
+    return (f'The loss became {float(total):.4g} in epoch {epoch}, batch {batch} ({terms}). '
             f'Lower the learning rate or λ, or clip the gradients. {saved}')
 
 # %% ../../nbs/training/callback.ipynb #3e1bef07
@@ -351,7 +361,9 @@ def after_cancel_batch(self:TRAINCallback): self._undo()
 
 @patch
 def after_train(self:TRAINCallback):
-    if self.fitting: self._undo()
+    if not self.fitting: return
+    self._undo()
+    self._stop_at(self._watch.judge()) # before anything is validated or saved
 
 @patch
 def _undo(self:TRAINCallback):
