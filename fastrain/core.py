@@ -136,7 +136,8 @@ def eval_mode(model:nn.Module):
     model.eval()
     try: yield model
     finally:
-        for m,training in modes: m.training = training
+        for m,training in modes:
+            if m.training != training: object.__setattr__(m, 'training', training) # a module's own way looks among its parameters first
 
 # %% ../nbs/core.ipynb #9f2ad774
 def upcast(z:Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 
 try: import autoattack as official # the authors' package from its repository, if that is installed
 except ImportError: import pyautoattack as official # the same from PyPI
@@ -124,6 +124,7 @@ def _adversary(self:OfficialAttack, net, x, log):
                          'so there is no AutoAttack: use pgd20, cw20, apgd-ce, fab-t and square')
     for part in (adversary.apgd_targeted, adversary.fab):
         part.n_target_classes = min(part.n_target_classes, n_classes - 1)
+    self._without_weight_gradients(adversary.fab)
     return adversary
 
 @patch
@@ -135,6 +136,36 @@ def _run(self:OfficialAttack, adversary, x, y):
     return res[0] if isinstance(res, tuple) else res
 
 def _takes(f, argument): return argument in inspect.signature(f).parameters
+
+# %% ../../nbs/attacks/autoattack.ipynb #131ad7b2
+@patch
+def _without_weight_gradients(self:OfficialAttack, fab):
+    "Put these in the place of FAB's own methods"
+    fab.get_diff_logits_grads_batch_targeted = lambda imgs, la, la_target: _to_target(fab.predict, imgs, la, la_target)
+    fab.get_diff_logits_grads_batch = lambda imgs, la: _to_all(fab.predict, imgs, la)
+
+def _to_target(predict, x, y, target) -> tuple: # (N,1), (N,1,...)
+    "The logit of a target class less that of the class, and its gradient"
+    z,rows = x.clone().requires_grad_(),torch.arange(len(x))
+    with torch.enable_grad():
+        logits = predict(z)
+        difference = logits[rows, target] - logits[rows, y]
+        total = difference.sum()
+    return difference.detach()[:,None], _image_gradient(total, z)[:,None]
+
+def _to_all(predict, x, y) -> tuple: # (N,C), (N,C,...)
+    "The same for each class in the place of the target; that of the class itself is out of reach"
+    z,rows = x.clone().requires_grad_(),torch.arange(len(x))
+    with torch.enable_grad():
+        logits = predict(z)
+        grads = torch.stack([_image_gradient(one, z) for one in logits.unbind(1)], 1)
+    differences = logits.detach() - logits.detach()[rows, y][:,None]
+    differences[rows, y] = 1e10
+    return differences, grads - grads[rows, y][:,None]
+
+def _image_gradient(value, z) -> Tensor:
+    grad, = torch.autograd.grad(value, z, torch.ones_like(value), retain_graph=value.ndim > 0)
+    return grad
 
 # %% ../../nbs/attacks/autoattack.ipynb #cce16a89
 def AutoAttack(

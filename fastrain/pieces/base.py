@@ -63,6 +63,7 @@ class Views:
     adv:Output=None # M'(x')
     nat:Output=None # M'(x)
     std:Output=None # M(x)
+    again:Output=None # M'(x) of a pass of its own, which `strict` training makes where the official code makes it; else `nat` stands for it
     pct:float=0. # Progress of training in [0,1]
     epoch:int=0 # From 0
     epochs:int=1 # Length of training
@@ -93,12 +94,20 @@ class Step:
     look_standard:callable=None # `x → Output`: M's view of images as a constant; None without a standard model
     precision:callable=nullcontext # Makes the context of the training's mixed precision
     lr:float=None # Learning rate of M'
+    strict:bool=False # Passes of M' in the number and order of the official codes?
 
     def look(self, x:Tensor) -> Output:
         "The model's view of images, in the mode it is in and with its graph"
         if not self.features: return Output(upcast(self.model(x)), None)
         logits,features = logits_and_features(self.model, x)
         return Output(upcast(logits), upcast(features))
+
+    def outputs(self,
+        passes # Of 'nat', 'adv' and 'again', see `order_of_passes`
+    ) -> dict: # `{name: Output}`
+        "The model's views of the batch, one forward after the other"
+        images = dict(nat=self.views.x, adv=self.views.x_adv, again=self.views.x)
+        return {name: self.look(images[name]) for name in passes}
 
 # %% ../../nbs/pieces/base.ipynb #e7f5b647
 @dataclass
@@ -116,9 +125,21 @@ class Piece:
     "What `TRAINCallback` asks of every piece of a method; all of it is optional"
     needs = () # Of 'nat', 'adv', 'std' and 'features'
     paper,approximate = '','' # Source with equation; what had to be guessed, if the paper leaves it open
+    passes = {} # `{key of a robust loss: passes of M'}` in the order of the official code, for `strict`; see `order_of_passes`
     module = None # Trained along with M'
     by_length = False # Does what it does in an epoch depend on how many there are?
     def setup(self, training:Training): "Make what depends on model and data, once"
+
+# %% ../../nbs/pieces/base.ipynb #a5102fb2
+def order_of_passes(
+    robust, # The `RobustLoss` of the method
+    needs, # The views that are read
+    ruling=() # The pieces whose official codes are followed, the first one that knows this robust loss; none: x before x', each once
+) -> tuple: # Of 'nat', 'adv' and 'again'
+    "The passes of M' in a training step"
+    published = [p.passes[robust.key] for p in ruling if robust.key in p.passes]
+    passes = published[0] if published else ('nat', 'adv')
+    return tuple(name for name in passes if name in needs or name == 'again')
 
 # %% ../../nbs/pieces/base.ipynb #2e2e7b45
 def check_flag(name:str, value) -> bool:

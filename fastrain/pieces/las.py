@@ -7,6 +7,7 @@ __all__ = ['las_settings', 'LAS']
 
 # %% ../../nbs/pieces/las.ipynb #c3de1074
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import timm
@@ -15,8 +16,9 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.distributions import Categorical
+from torch.nn import functional as F
 
-from ..attacks.pgd import PGD, Plan
+from ..attacks.pgd import PGD, Plan, norms, starts
 from ..core import check_number, eval_mode, fork_rng, lookup, peek_batch, upcast
 from ..models.backbone import create_backbone, load_weights
 from ..models.stems import image_size
@@ -67,9 +69,11 @@ def _batch_accuracy(
     model:nn.Module, # Judged in eval mode
     v:Views, # The batch
     attack:PGD, # The attack of the training, whose ε is 8 units
-    restarts:int=2 # Starts that an image must survive
+    restarts:int=2, # Starts that an image must survive
+    strict:bool=False # Make the images in train mode, as published?
 ) -> tuple: # Of scalars in [0,1]
     "Accuracy on natural images, and under PGD-10"
+    if strict: return _published_accuracy(model, v, attack, restarts)
     probe = PGD(attack.eps, attack.eps/4, 10, norm=attack.norm, objective='ce', start='uniform', clip=attack.clip)
     def moves(t, logits, at): return logits.argmax(1) == v.y[at]
     def right(x): return model(x).argmax(1) == v.y
@@ -78,6 +82,34 @@ def _batch_accuracy(
         adv = torch.ones_like(v.y, dtype=torch.bool)
         for _ in range(restarts): adv &= right(probe(model, v.x, v.y, plan=Plan(moves=moves)))
     return nat.float().mean(), adv.float().mean()
+
+# %% ../../nbs/pieces/las.ipynb #9a3c4c52
+def _published_accuracy(model, v, attack, restarts):
+    "Both accuracies in eval mode, on images that were made in train mode; `model` is a copy, whose running statistics move"
+    worst,x_worst = torch.zeros_like(v.y, dtype=v.x.dtype),v.x
+    for _ in range(restarts):
+        x_adv = _made_in_train_mode(model, v, attack)
+        with torch.no_grad(): loss = F.cross_entropy(upcast(model(x_adv)), v.y, reduction='none')
+        larger = loss >= worst
+        worst,x_worst = torch.where(larger, loss, worst),torch.where(_per_image(larger, x_adv), x_adv, x_worst)
+    with eval_mode(model), torch.no_grad(): nat,adv = ((model(x).argmax(1) == v.y).float().mean() for x in (v.x, x_worst))
+    return nat, adv
+
+def _made_in_train_mode(model, v, attack, steps=10):
+    "Images from one start: all of them are seen in each step, and those that are still right are moved"
+    norm,alpha = norms[attack.norm],attack.eps/4
+    x_adv = starts['uniform'](v.x, attack.eps, norm, attack.clip)
+    for _ in range(steps):
+        z = x_adv.detach().requires_grad_()
+        logits = upcast(model(z))
+        right = logits.argmax(1) == v.y
+        if not right.any(): break
+        grad, = torch.autograd.grad(F.cross_entropy(logits, v.y, reduction='sum'), z)
+        moved = norm.project(x_adv + alpha*norm.direction(grad), v.x, attack.eps).clamp(*attack.clip)
+        x_adv = torch.where(_per_image(right, moved), moved, x_adv)
+    return x_adv
+
+def _per_image(mask, x): return mask.view(-1, *[1]*(x.ndim - 1))
 
 # %% ../../nbs/pieces/las.ipynb #be84b406
 def _check_network(net):
@@ -205,10 +237,12 @@ def attacked(self:LAS, step):
 def reward(self:LAS,
     step:Step # After the attack
 ) -> Tensor: # A scalar
-    "R of a crafted batch; M' is left as it is"
+    "R of a crafted batch; M' is left as it is, but for the running statistics in a strict LAS-TRADES"
     model = get_model(step.model)
-    judged_by = step.robust if self._variant == 'trades' else AT()
-    with eval_mode(model), torch.no_grad(): loss = robust_loss(replace(step, model=model, robust=judged_by))
+    trades = self._variant == 'trades'
+    now = replace(step, model=model, robust=step.robust if trades else AT(), strict=False) # x and x', each once
+    mode = nullcontext() if trades and step.strict else eval_mode(model)
+    with mode, torch.no_grad(): loss = robust_loss(now)
     after = _after_one_step(step)
-    with step.precision(): nat,adv = _batch_accuracy(after, step.views, step.attack)
+    with step.precision(): nat,adv = _batch_accuracy(after, step.views, step.attack, strict=step.strict)
     return loss.clamp(0, self._published['clip']) + self._r2*adv + self._r3*nat

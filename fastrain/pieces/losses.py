@@ -64,12 +64,14 @@ class TRADES(RobustLoss):
     uses_ce = True
     needs,replaceable = ('nat', 'adv'),('ce',)
     objective,start = 'kl','gaussian'
+    passes = dict(trades=('nat', 'adv', 'again'))
     def __init__(self,
         beta:float=6. # Weight of the KL term: larger is more robust and less accurate on natural images
     ): self.beta = check_number('beta', beta, at_least=0)
     def __call__(self, v):
         beta = v.notes.get('beta', self.beta) # LAS chooses one for each image
-        kl = kl_div(v.nat.logits, v.adv.logits)
+        target = v.again or v.nat # the official code looks at x for each of the two terms
+        kl = kl_div(target.logits, v.adv.logits)
         return dict(ce=v.ce(v.nat.logits, v.y), kl=(beta*kl).mean())
 
 # %% ../../nbs/pieces/losses.ipynb #2b19e21e

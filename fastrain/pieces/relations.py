@@ -189,6 +189,7 @@ class LBGAT(Relation):
     "Regression of the logits M'(x') on M(x), which trains both models"
     key,term,paper = 'lbgat','lbgat','Cui et al., ICCV 2021; with other terms as in Mi et al., BMVC 2024, Eq. 16'
     needs = ('std', 'adv')
+    passes = dict(trades=('adv', 'nat'))
     def __init__(self,
         detach:bool=False, # True trains M' alone: LBGAT_detach of the ablation
         ce:bool=None, # The cross-entropy of the robust loss: None replaces that of TRADES and keeps that of AT, True keeps, False drops it

@@ -19,6 +19,7 @@ from .base import Piece, Step, Views
 class Strategy(Piece, Registered):
     "Base of the strategies: a `Plan` for each batch"
     robust = 'at' # The robust loss that it was published with, as one writes it; used where a method names none
+    passes = dict(trades=('nat', 'adv')) # the official codes of FAT, LAS and ECAS leave out the second look at x
     def plan(self,
         model, # M', in train mode
         v:Views, # The batch: images, labels, and how far training has come

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core import Registered, check_number
 from ..models.backbone import load_weights
-from .base import Piece, Step, Training, check_flag
+from .base import Piece, Step, Training, check_flag, order_of_passes
 
 # %% ../../nbs/pieces/weights.ipynb #51fad3f6
 class Perturbation(Piece, Registered):
@@ -28,12 +28,12 @@ def robust_loss(
     step:Step # After the attack
 ): # Scalar
     "L_robust of a batch at the present weights of `step.model`"
-    needs,v = step.robust.needs,step.views
+    robust,v = step.robust,step.views
+    passes = order_of_passes(robust, robust.needs, [robust] if step.strict else [])
     with step.precision():
-        nat = step.look(v.x) if 'nat' in needs else None # x before x', as in the step itself
-        adv = step.look(v.x_adv) if 'adv' in needs else None
-        std = step.look_standard(v.x) if 'std' in needs else None
-    return sum(step.robust(v.seen(nat=nat, adv=adv, std=std)).values())
+        outputs = step.outputs(passes)
+        std = step.look_standard(v.x) if 'std' in robust.needs else None
+    return sum(robust(v.seen(**outputs, std=std)).values())
 
 # %% ../../nbs/pieces/weights.ipynb #9b1d348f
 @contextmanager
@@ -67,6 +67,7 @@ class AWP(Perturbation):
     key,paper = 'awp','Wu et al., NeurIPS 2020, Eq. 8 to 10'
     published = dict(trades=(.005, 10)) # gamma and warmup by the robust loss
     published_otherwise = .01,0
+    passes = dict(trades=('adv', 'again', 'nat'))
     def __init__(self,
         gamma:float=None, # Size of the perturbation relative to each layer's norm; None: as published, 0.005 with TRADES and 0.01 otherwise
         warmup:float=None, # Full epochs before it sets in; None: as published, 10 of 200 with TRADES and 0 otherwise

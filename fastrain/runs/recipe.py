@@ -68,6 +68,7 @@ class Recipe:
     fold:bool = None
     chunk:int = None # Images that the attack works on at a time
     compile:bool = None
+    strict:bool = False # Passes through BatchNorm as in the official codes, see `TRAINCallback`
     def __post_init__(self):
         "Everything that can be checked is, before anything is loaded"
         self._check_numbers()
@@ -106,6 +107,7 @@ def _check_numbers(self:Recipe):
     if not -2**63 <= self.seed < 2**63: raise ValueError(f'seed={shown(self.seed)}: expected a whole number of at most 64 bits')
     if self.small_images not in (None, False, True):
         raise ValueError(f'small_images={shown(self.small_images)}: expected True, False or None')
+    check_flag('strict', self.strict)
     if self.drops is not None: object.__setattr__(self, 'drops', _checked_drops(self.drops))
 
 def _checked_drops(drops) -> tuple:
@@ -165,7 +167,7 @@ def eval_attack(self:Recipe, name:str):
 # %% ../../nbs/runs/recipe.ipynb #6a299a78
 _digits = dict(backbone='resnet10t_16', standard='resnet10t_16', small_images=False, epochs=12, bs=64, lr=.1, eps=.15, steps=10)
 _paper = dict(backbone='wide_resnet34_10', standard='resnet18', bs=128, lr=.1, mom=.9,
-              eps=.031, alpha=.007, steps=10, warmup=0, holdout=0., seed=1)
+              eps=.031, alpha=.007, steps=10, warmup=0, holdout=0., seed=1, strict=True)
 _lbgat = dict(_paper, epochs=100, drops=(75, 90), wd=2e-4, eval_eps=.031, eval_alpha=.003)
 _las = dict(_paper, epochs=110, drops=(99, 104), wd=5e-4, eval_eps=8/255, eval_alpha=2/255)
 _paper_lam = dict(cifar100=dict(lam=20., lam_schedule='printed')) # λ of the paper's recipes; 5 and constant for CIFAR-10
@@ -238,7 +240,7 @@ def recipe_callback(r:Recipe, method, dls, keep=None, model=None) -> TRAINCallba
     m = parse_method(method) if isinstance(method, str) else method
     with fork_rng(): # the random numbers of training stay those of the method without a standard model
         standard = recipe_standard(r, dls, m, keep, model) if m.needs_standard else None
-    return TRAINCallback(standard, attack=r.attack, lam=r.schedule, **m.callback_args())
+    return TRAINCallback(standard, attack=r.attack, lam=r.schedule, strict=r.strict, **m.callback_args())
 
 def recipe_learner(
     r:Recipe,

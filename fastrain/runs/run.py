@@ -93,7 +93,7 @@ def _recipe(settings):
     if missing := [name for name in _always_there if name not in settings]: raise ValueError(f'the recipe has no {", ".join(missing)}')
     return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k,v in settings.items()})
 
-_later = 'fast', 'channels_last', 'fold', 'chunk', 'compile' # settings with a default that is as before
+_later = 'fast', 'channels_last', 'fold', 'chunk', 'compile', 'strict' # settings with a default that is as before
 _always_there = [name for name in Recipe.__dataclass_fields__ if name not in _later] # since version 0.1
 
 def _methods(names):

@@ -62,16 +62,16 @@ def train_method(run:Run, method:str, cbs=()):
     recipe_fit(run.recipe, learn, [Checkpoint(run.folder(method), monitor(learn), resume=True, longer=longer)])
     return learn
 
-def _record(run, method, learn, attacks) -> dict:
+def _record(run, method, learn, attacks, command) -> dict:
     "What `results.json` has of a method"
     params = sum(p.numel() for p in learn.model.parameters())
     seconds = statistics.median(learn.history.seconds)
-    found = assess(run, method, attacks)[0]
+    found = assess(run, method, attacks, command=command)[0]
     return dict(method=method, approximate=run.parsed(method).approximate, **found, params=params, seconds_per_epoch=seconds,
                 speed=learn.train_cb.speed.settings())
 
 # %% ../../nbs/runs/train.ipynb #c10c4002
-def _finish(run, attacks) -> list:
+def _finish(run, attacks, command) -> list:
     "Do what is left of a run"
     with run.lock():
         _mend(run)
@@ -81,7 +81,7 @@ def _finish(run, attacks) -> list:
             if _is_done(run, method): continue
             print(f'\n{method} ({run.recipe.backbone}, {run.recipe.epochs} epochs)')
             learn = train_method(run, method, [left])
-            _enter(run, _record(run, method, learn, attacks))
+            _enter(run, _record(run, method, learn, attacks, command))
         show_run(run, run.results, 'all')
     return run.results
 
@@ -125,12 +125,13 @@ def train_run(
     recipe:Recipe=None, # Settings; None: the digits
     methods=('standard', 'at', 'at+train'), # Methods by name, trained one after the other from the same weights
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
-    attacks=_attacks # Attacks by name, under which they are evaluated
+    attacks=_attacks, # Attacks by name, under which they are evaluated
+    command:str=None # What was typed, for the report
 ) -> list: # A record per method, as in `results.json`
     "Train and evaluate methods on the same data, weights and budget"
     recipe = recipe or make_recipe()
     attacks = recipe_attacks(recipe, attacks)
-    return _finish(Run.create(out, recipe, methods, device, attacks), attacks)
+    return _finish(Run.create(out, recipe, methods, device, attacks, command), attacks, command)
 
 def start_run(out, recipe:Recipe=None, methods=('standard', 'at', 'at+train'), device=None) -> Run:
     "The folder of a run with its settings, and nothing trained yet; arguments as of `train_run`"
@@ -141,7 +142,8 @@ def resume_run(
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
     methods=(), # Methods to add to those of the run
     attacks=None, # Attacks by name, under which what is left is evaluated; None: those of the run
-    settings:dict=None # Arguments of `make_recipe` that must agree with the run's, save for `path`, and `epochs`, which may grow
+    settings:dict=None, # Arguments of `make_recipe` that must agree with the run's, save for `path`, and `epochs`, which may grow
+    command:str=None # What was typed, for the report
 ) -> list: # A record per method, as in `results.json`
     "Do what is left of a run, and what is new in `methods`: nothing is trained or evaluated twice"
     settings = settings or {}
@@ -150,4 +152,5 @@ def resume_run(
     with run.lock():
         run.agree(given_settings(**settings), given)
         run.add(methods)
-        return _finish(run, given or recipe_attacks(run.recipe, run.settings.get('attacks', _attacks)))
+        left = given or recipe_attacks(run.recipe, run.settings.get('attacks', _attacks))
+        return _finish(run, left, command)

@@ -8,7 +8,6 @@ __all__ = ['TRAINCallback']
 # %% ../../nbs/training/callback.ipynb #ba924a4a
 import copy
 import inspect
-import math
 import re
 import warnings
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import Tensor, distributed, nn
@@ -28,7 +27,7 @@ from ..attacks.pgd import as_attack
 from ..core import peek_batch, upcast
 from ..models.features import FeatureCapture, n_outputs
 from ..models.stems import image_size
-from ..pieces.base import CrossEntropy, Output, Step, Training, Views
+from ..pieces.base import CrossEntropy, Output, Step, Training, Views, check_flag, order_of_passes
 from ..pieces.losses import AT
 from ..pieces.relations import Topology
 from ..speed.options import Precision, Speed
@@ -37,7 +36,7 @@ from .batches import BatchWatch
 from .checkpoint import Checkpoint
 from .loss_func import check_class_weights, cross_entropy_of, loss_name
 from .methods import as_piece
-from .metrics import Column, history # whoever has the callback wants to see what it recorded
+from .metrics import Column, LossOnDevice, history # whoever has the callback wants to see what it recorded
 from .objective import Objective
 from .preconditions import check_channels, check_classes, check_data, check_features, check_pieces, check_terms
 from .schedules import as_lambda
@@ -48,6 +47,7 @@ class TRAINCallback(Callback):
     "Adversarial training of the learner's model, with a standard model beside it whose batch topology it keeps (TRAIN, Mi et al. 2024)"
     order,name = GradientAccumulation.order-1,'train_cb' # complete losses before they are divided; the attack outside the autocast region
     _learn,_capture,_replica = None,None,None
+    __setattr__ = object.__setattr__ # fastai's asks the model for every name
     speed,measured = Speed(),False # how adversaries are computed, see `Learner.to_speed`; and was it chosen by `to_fast`?
     def __init__(self,
         standard='resnet18', # Standard model M: a backbone's name, an `nn.Module`, a `Learner`, a policy (`CoTrained`, `Frozen`), or None
@@ -58,7 +58,8 @@ class TRAINCallback(Callback):
         relation=None, # What keeps M' like M: `Relation`s or names; default `Topology()` if there is a standard model; False for none
         perturb=None, # Perturbation of the weights, such as `AWP()` or 'awp'
         average=None, # Average of the weights, such as `EMA()` or 'ema:decay=.99'
-        lam=5. # λ: a number, a `LambdaSchedule`, or any function of training progress
+        lam=5., # λ: a number, a `LambdaSchedule`, or any function of training progress
+        strict:bool=False # Passes of M' through BatchNorm in the number and order of the official codes, see `fastrain.pieces.base`
     ):
         self.robust = as_piece('robust', robust, 'robust') or AT()
         self.strategy = as_piece('strategy', strategy, 'strategy')
@@ -71,7 +72,9 @@ class TRAINCallback(Callback):
         self.objective = Objective(self.robust, self.relations, self.lam)
         self.pieces = _by_family(self.robust, self.strategy, self.relations, self.perturb, self.average)
         self.needs = {n for p in self.pieces.values() for n in p.needs}
-        self.first = 'nat' if 'nat' in self.needs else 'adv' # the view of the learner's own forward; x before x', as the papers' code
+        self.strict = check_flag('strict', strict)
+        ruling = (*self.relations, self.strategy, self.perturb, self.robust) if strict else ()
+        self.passes = order_of_passes(self.robust, self.needs, [p for p in ruling if p]) # the first is the learner's own forward
         self.fitting,self.columns,self._side = False,{},None
 
     @property
@@ -116,7 +119,8 @@ def before_fit(self:TRAINCallback):
     self._watch = BatchWatch(self._clip, n_classes)
     self._build_standard(n_classes, x)
     self._set_up_pieces(n_classes, x)
-    if self._searching: self._snapshot = copy.deepcopy(self.state_dict())
+    if self._searching: self._snapshot = copy.deepcopy(self.state_dict()) # and looks at the loss of each batch
+    elif recorder := callback_of(self.learn, Recorder): LossOnDevice.put_into(recorder)
     self._add_columns()
 
 @patch
@@ -130,6 +134,7 @@ def _leave_nothing(self:TRAINCallback):
     "Take back what a batch that was cut short has left, and the columns"
     self._undo()
     self._replica = None
+    if recorder := callback_of(self.learn, Recorder): LossOnDevice.take_out(recorder)
     self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, Column)]
 
 @patch(as_prop=True)
@@ -238,13 +243,13 @@ def before_train(self:TRAINCallback):
 @patch
 def before_batch(self:TRAINCallback):
     if not self._training_batch: return
-    self.total = 0.
+    self.total,self.terms = 0.,{}
     v = self.views = self._batch_views()
     self._look_at(v)
     self.step = self._make_step(v)
     if 'adv' in self.needs: self._make_adversaries(v)
     if self.perturb: self.perturb.perturb(self.step)
-    self.learn.xb = (v.x if self.first == 'nat' else v.x_adv,)
+    self.learn.xb = (v.x_adv if self.passes[0] == 'adv' else v.x,)
     self._capture = FeatureCapture(self.step.model).__enter__() if self.step.features else None
 
 @patch(as_prop=True)
@@ -265,7 +270,8 @@ def _look_at(self:TRAINCallback, v):
 @patch
 def _make_step(self:TRAINCallback, v) -> Step:
     return Step(self.learn.model, v, self.robust, self.attack, self.perturb, features='features' in self.needs,
-                look_standard=self.policy and self.policy.look, precision=self._precision, lr=float(self.learn.opt.hypers[-1]['lr']))
+                look_standard=self.policy and self.policy.look, precision=self._precision, lr=float(self.learn.opt.hypers[-1]['lr']),
+                strict=self.strict)
 
 @patch
 def _precision(self:TRAINCallback):
@@ -297,14 +303,14 @@ def after_pred(self:TRAINCallback):
     if self._training_batch:
         features = upcast(self._capture.features) if self._capture else None
         self._release()
-        setattr(self.views, self.first, Output(upcast(self.pred), features))
+        setattr(self.views, self.passes[0], Output(upcast(self.pred), features))
     elif self.fitting and not self.learn.lock.locked(): self._validate_beside()
 
 @patch
 def after_loss(self:TRAINCallback):
     if not self._training_batch: return
     v,std_loss = self.views,None
-    if self.first == 'nat' and 'adv' in self.needs: v.adv = self.step.look(v.x_adv)
+    for name,output in self.step.outputs(self.passes[1:]).items(): setattr(v, name, output)
     if self.policy:
         v.std = self.policy.view(v.x)
         std_loss = self.policy.loss(v.std, v.y)
@@ -340,18 +346,26 @@ def after_step(self:TRAINCallback):
 
 @patch
 def after_batch(self:TRAINCallback):
-    if not self._training_batch or math.isfinite(self._watch.read(self.total)): return
-    if self._searching: raise CancelFitException
-    raise FloatingPointError(self._what_diverged())
+    if not self._training_batch: return
+    terms = {n: t.detach() for n,t in self.terms.items()}
+    self._stop_at(self._watch.keep(self.total, (self.epoch, self.iter, self.total, terms)))
+    if self._searching: self._stop_at(self._watch.judge())
 
 @patch
-def _what_diverged(self:TRAINCallback) -> str:
-    terms = ', '.join(f'{n} = {t.item():.4g}' for n,t in self.terms.items())
+def _stop_at(self:TRAINCallback, batch):
+    "End the training if a batch is named"
+    if batch is None: return
+    if self._searching: raise CancelFitException
+    raise FloatingPointError(self._what_diverged(*batch))
+
+@patch
+def _what_diverged(self:TRAINCallback, epoch, batch, total, terms) -> str:
+    terms = ', '.join(f'{n} = {t.item():.4g}' for n,t in terms.items())
     checkpoint = callback_of(self.learn, Checkpoint)
     kept = checkpoint and checkpoint.last
     saved = f'The last good checkpoint is {kept}' if kept and kept.is_file() else (
         'Nothing was saved: add `Checkpoint(...)` to keep the last good epoch')
-    return (f'The loss became {float(self.total):.4g} in epoch {self.epoch}, batch {self.iter} ({terms}). '
+    return (f'The loss became {float(total):.4g} in epoch {epoch}, batch {batch} ({terms}). '
             f'Lower the learning rate or λ, or clip the gradients. {saved}')
 
 # %% ../../nbs/training/callback.ipynb #3e1bef07
@@ -360,7 +374,9 @@ def after_cancel_batch(self:TRAINCallback): self._undo()
 
 @patch
 def after_train(self:TRAINCallback):
-    if self.fitting: self._undo()
+    if not self.fitting: return
+    self._undo()
+    self._stop_at(self._watch.judge()) # before anything is validated or saved
 
 @patch
 def _undo(self:TRAINCallback):
@@ -412,7 +428,7 @@ def settings(self:TRAINCallback) -> dict:
     parts = {**dict.fromkeys(_single), **self.pieces, 'attack': self.attack, 'lam': self.lam, 'standard': self.policy}
     found = {name: part and _described(part) for name,part in parts.items()}
     if self.policy: found['standard'].pop('keep', None)
-    return dict(found, loss_func=self._learn and _said_by(self._learn.loss_func))
+    return dict(found, loss_func=self._learn and _said_by(self._learn.loss_func), strict=self.strict)
 
 def _said_by(loss_func) -> dict:
     try: ce = cross_entropy_of(loss_func)

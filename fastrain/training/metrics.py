@@ -10,7 +10,7 @@ import math
 
 import pandas as pd
 import torch
-from fastai.learner import Metric
+from fastai.learner import AvgSmoothLoss, Metric
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import Tensor
@@ -127,3 +127,30 @@ class Column(Metric):
         n:int=1
     ):
         self.total,self.count = self.total + value*n,self.count + n
+
+# %% ../../nbs/training/metrics.ipynb #5106be62
+class LossOnDevice(AvgSmoothLoss):
+    "fastai's smoothed loss, without waiting for the device"
+    def accumulate(self, learn):
+        loss = learn.loss.detach().mean()
+        self.count += 1
+        self.val = torch.lerp(loss, self.val.to(loss), self.beta)
+
+    @classmethod
+    def put_into(cls, recorder):
+        "Let `recorder` smooth by this"
+        recorder.smooth_loss = cls(recorder.smooth_loss.beta)
+
+    @classmethod
+    def take_out(cls, recorder):
+        "Leave fastai's own, with what was recorded"
+        smooth = recorder.smooth_loss
+        if not isinstance(smooth, cls): return
+        recorder.smooth_loss = AvgSmoothLoss(smooth.beta)
+        recorder.smooth_loss.count,recorder.smooth_loss.val = smooth.count,smooth.val.cpu()
+        cls.fetch(recorder)
+
+    @staticmethod
+    def fetch(recorder):
+        "Bring the losses that are recorded to the CPU, as plots want them"
+        if recorder.losses: recorder.losses = list(torch.stack(list(recorder.losses)).cpu())
