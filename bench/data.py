@@ -1,4 +1,5 @@
-"""Images per second of the loaders: small images in memory against fastai's `ImageDataLoaders`, large ones in folders against timm and torchvision.
+"""Images per second of the loaders: small images in memory against fastai's `ImageDataLoaders`, large ones in folders
+against timm and torchvision.
 
 `python bench/data.py --result bench/results/data.json`; the images are made for it, and removed afterwards."""
 import sys, tempfile

@@ -40,7 +40,8 @@ def of_art(model, batches):
     evasion = importlib.import_module('art.attacks.evasion')
     x,n_classes = batches[0][0],model(batches[0][0][:1]).shape[1]
     place = 'gpu' if x.is_cuda else 'cpu'
-    wrapped = estimators.PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), x.shape[1:], n_classes, clip_values=(0, 1), device_type=place)
+    wrapped = estimators.PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), x.shape[1:], n_classes, clip_values=(0, 1),
+                                           device_type=place)
     attack = evasion.ProjectedGradientDescent(wrapped, eps=EPS, eps_step=ALPHA, max_iter=STEPS, batch_size=len(x), verbose=False)
     def run(): return [attack.generate(x.cpu().numpy(), F.one_hot(y, n_classes).cpu().numpy()) for x,y in batches]
     return lambda: [torch.as_tensor(x_adv, device=y.device) for x_adv,(_,y) in zip(run(), batches)]
@@ -66,7 +67,8 @@ def same_figure(model, forms, batches) -> int:
     "How many images survive; an error if the libraries do not agree on it, but for one in a hundred"
     counts = {name: survivors(model, f(), batches) for name,f in forms.items()}
     n = sum(len(y) for _,y in batches)
-    if max(counts.values()) - min(counts.values()) > .01*n: raise SystemExit(f'peers.py: they do not do the same, so that times mean nothing: {counts}')
+    if max(counts.values()) - min(counts.values()) > .01*n:
+        raise SystemExit(f'peers.py: they do not do the same, so that times mean nothing: {counts}')
     return counts['fastrain']
 
 def pgd(model, batches, repeats, target) -> list:

@@ -141,7 +141,8 @@ def text(res) -> str:
             for t in res['targets']]
     table = lambda rows, key: markdown_table(pd.DataFrame(rows).set_index(key))
     limit = f', instructions up to {m["limit"]}' if m['limit'] else ''
-    head = (f'{s["backbone"]} with {s["standard"]} as standard model, {s["bs"]} images of {s["img_size"]}x{s["img_size"]}, PGD-{s["steps"]}; '
+    head = (f'{s["backbone"]} with {s["standard"]} as standard model, {s["bs"]} images of {s["img_size"]}x{s["img_size"]}, '
+            f'PGD-{s["steps"]}; '
             f'{m["processor"]}{limit}, {m["device"]}, torch {m["torch"]}, {res["date"]}; medians of {s["repeats"]} steps')
     chosen = '; '.join(f'{method}: {speed}' for method,speed in res['chosen'].items())
     return f'{head}\n\n--fast has chosen {chosen}\n\n{table(times, "form")}\n\n{table(aims, "target")}'

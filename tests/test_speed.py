@@ -98,7 +98,8 @@ def test_without_a_compiler(monkeypatch):
 
 def moves(y): return lambda step, logits, at: logits.argmax(1) == y[at]
 
-@pytest.mark.parametrize('plan', [lambda y: None, lambda y: Plan(moves=moves(y), noise=.01), lambda y: Plan(steps=1 + torch.arange(len(y)) % 3)])
+@pytest.mark.parametrize('plan', [
+    lambda y: None, lambda y: Plan(moves=moves(y), noise=.01), lambda y: Plan(steps=1 + torch.arange(len(y)) % 3)])
 @pytest.mark.parametrize('objective, norm', [('ce', 'linf'), ('kl', 'linf'), ('margin', 'l2')])
 def test_chunks(objective, norm, plan):
     x,y = (t[:11] for t in digits('train', 16))
@@ -119,7 +120,9 @@ def trained(speed=None, double=True, n_epoch=2, **kwargs):
     if speed: learn.to_speed(speed)
     return quietly(learn, n_epoch, .05)
 
-def weights(learn): return torch.cat([t.flatten().double() for t in (*learn.model.parameters(), *learn.train_cb.standard_learner.model.parameters())])
+def weights(learn):
+    both = learn.model,learn.train_cb.standard_learner.model
+    return torch.cat([t.flatten().double() for model in both for t in model.parameters()])
 
 SAME = [Speed(fold=True), Speed(channels_last=True), Speed(chunk=3), Speed(channels_last=True, fold=True, chunk=5)]
 
