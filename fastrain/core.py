@@ -210,8 +210,11 @@ def atomic_path(path):
         finally: tmp.unlink(missing_ok=True)
 
 def remove_unfinished(folder):
-    "Remove what processes that were killed have left of `atomic_path` in a folder and those in it; nobody may be writing there"
-    for file in Path(folder).rglob(f'{_unfinished}*'): file.unlink(missing_ok=True)
+    "Remove what killed processes have left of `atomic_path` in a folder and those in it, but for those with a `.lock` of their own"
+    for place,folders,files in os.walk(folder):
+        folders[:] = [f for f in folders if not (Path(place)/f/'.lock').exists()]
+        for name in files:
+            if name.startswith(_unfinished): (Path(place)/name).unlink(missing_ok=True)
 
 def _umask():
     "The permissions that new files lack; they can be read only by setting them"

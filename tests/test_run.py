@@ -5,9 +5,10 @@ import pytest
 from fastprogress import fastprogress
 
 import fastrain.runs.evaluate
+from fastrain import cli
 from fastrain.runs.evaluate import evaluate_run
 from fastrain.runs.recipe import make_recipe
-from fastrain.runs.run import Run
+from fastrain.runs.run import Run, lock_folder
 from fastrain.runs.train import resume_run, train_run
 
 TINY = dict(epochs=2, steps=1, warmup=1, n_train=64, n_test=20, bs=16, n_valid=5)
@@ -73,6 +74,23 @@ def test_folder_that_a_killed_process_left(tmp_path):
     (tmp_path/'run').mkdir()
     for name in ('.lock', '.holder', '.settings-abc.json'): (tmp_path/'run'/name).write_text('')
     assert Run.create(tmp_path/'run', tiny(), ['at'], 'cpu').methods == ['at']
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    "In a folder that is worked in, and not in a folder of another run inside it"
+    for place in ('mine', 'mine/evaluation/parts', 'mine/runs/other'): (tmp_path/place).mkdir(parents=True)
+    (tmp_path/'mine/runs/other/.lock').write_text('')
+    for place in ('mine', 'mine/evaluation/parts', 'mine/runs/other'): (tmp_path/place/'.unfinished-a.png').write_text('')
+    with lock_folder(tmp_path/'mine'): pass
+    assert [str(f.relative_to(tmp_path)) for f in tmp_path.rglob('.unfinished*')] == ['mine/runs/other/.unfinished-a.png']
+
+@pytest.mark.parametrize('command', [['compare', 'run'], ['evaluate', 'mine.py:make', '--data', 'digits']])
+def test_a_folder_that_another_process_works_in(command, holder, new, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'mine.py').write_text('import torch\ndef make(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))')
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'.lock').symlink_to(new.out/'.lock') # the same lock
+    monkeypatch.setattr(sys, 'argv', ['fastrain', *command, '--out', 'out'])
+    with pytest.raises(SystemExit, match='out is in use by'): cli.main()
 
 # --- a run goes on with its own settings
 

@@ -18,7 +18,7 @@ from ..evaluation.scores import Measure, mcnemar, mean_spread
 from ..evaluation.tables import markdown_table, of_other_size, split_table
 from .plots import plot_tradeoff, save_figure
 from .report import Section, commands_text, pictures_section, save_page
-from .run import Run, method_in
+from .run import Run, lock_folder, method_in
 
 # %% ../../nbs/runs/compare.ipynb #dc454ead
 @dataclass
@@ -289,7 +289,9 @@ def compare_runs(
     "Compare runs, with a report"
     if not runs: raise ValueError('There are no runs to compare')
     _check_folder(out)
-    runs = _each_once(runs)
+    with lock_folder(out): return _compare(_each_once(runs), out, against, command)
+
+def _compare(runs, out, against, command):
     measured = _measured(runs)
     _check_repetitions(measured)
     figures = _figures(measured)

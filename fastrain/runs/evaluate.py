@@ -24,7 +24,7 @@ from .gallery import Exhibits, check_pictures, draw_pictures, picture_names
 from .own import call_own, import_code
 from .recipe import Recipe
 from .report import model_page, save_page, write_report
-from .run import CHECKPOINTS, Run, method_in
+from .run import CHECKPOINTS, Run, lock_folder, method_in
 
 # %% ../../nbs/runs/evaluate.ipynb #42bef963
 def recipe_attacks(
@@ -259,16 +259,17 @@ def evaluate_any(
     asked,measures = parse_figures(attacks, **{k: kwargs[k] for k in ('eps', 'norm') if k in kwargs})
     check_pictures(pictures, asked, [m.key for m in measures], _records_in(out), history=False)
     model,standard,dls = load_for(data, spec, weights, backbone, standard, path, img_size, bs, device)
-    ev = evaluate(model, dls, attacks, standard=standard, out=out, **kwargs)
-    name = Path(str(spec).rpartition(':')[2]).stem
-    attack = ev.attacks[ev.settings['l_tp_attack']].attack
-    whole = read_evaluation(out, ev.settings['subset']) # with earlier figures that hold
-    exhibits = Exhibits({name: whole}, lambda _: model, dls, attack, evaluations={name: ev},
-                        per_image=lambda _: read_per_image(out, ev.settings['subset']))
-    draw_pictures(pictures, exhibits, out, print)
-    made_from = f'{spec}, weights {weights}' if weights else str(spec)
-    save_page(out, model_page(f'{name} on {data}', made_from, read_evaluations(out), environment(device), out))
-    return ev
+    with lock_folder(out):
+        ev = evaluate(model, dls, attacks, standard=standard, out=out, **kwargs)
+        name = Path(str(spec).rpartition(':')[2]).stem
+        attack = ev.attacks[ev.settings['l_tp_attack']].attack
+        whole = read_evaluation(out, ev.settings['subset']) # with earlier figures that hold
+        exhibits = Exhibits({name: whole}, lambda _: model, dls, attack, evaluations={name: ev},
+                            per_image=lambda _: read_per_image(out, ev.settings['subset']))
+        draw_pictures(pictures, exhibits, out, print)
+        made_from = f'{spec}, weights {weights}' if weights else str(spec)
+        save_page(out, model_page(f'{name} on {data}', made_from, read_evaluations(out), environment(device), out))
+        return ev
 
 def _records_in(out) -> list:
     try: return read_evaluations(out)
