@@ -20,7 +20,12 @@ from fastrain.training.progress import TimeLeft, _in_words, plain_output
 
 PROGRAM = [sys.executable, '-c', 'from fastrain.cli import main; main()']
 
-def start(*args, **kwargs): return subprocess.run([*PROGRAM, *args], capture_output=True, text=True, timeout=300, **kwargs)
+def heed_interrupts():
+    "Whatever started the tests: a job in the background ignores them, and so would its programs"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+def start(*args, **kwargs):
+    return subprocess.run([*PROGRAM, *args], capture_output=True, text=True, timeout=300, preexec_fn=heed_interrupts, **kwargs)
 
 @pytest.fixture
 def shell(monkeypatch, tmp_path):
@@ -203,7 +208,7 @@ def test_a_library_that_swallows_an_interrupt(tmp_path):
 
 def interrupted_after(seconds, cwd):
     p = subprocess.Popen([*PROGRAM, 'train', '--epochs', '50', '--n-train', '140', '--n-test', '30', '--method', 'at', '--device', 'cpu'],
-                         cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                         cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     time.sleep(seconds)
     p.send_signal(signal.SIGINT)
     _,err = p.communicate(timeout=120)

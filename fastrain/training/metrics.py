@@ -139,18 +139,19 @@ class LossOnDevice(AvgSmoothLoss):
     @classmethod
     def put_into(cls, recorder):
         "Let `recorder` smooth by this"
-        recorder.smooth_loss = cls(recorder.smooth_loss.beta)
+        vars(recorder)['smooth_loss'] = cls(recorder.smooth_loss.beta) # fastai warns of names that the learner has, too
 
     @classmethod
     def take_out(cls, recorder):
         "Leave fastai's own, with what was recorded"
         smooth = recorder.smooth_loss
         if not isinstance(smooth, cls): return
-        recorder.smooth_loss = AvgSmoothLoss(smooth.beta)
-        recorder.smooth_loss.count,recorder.smooth_loss.val = smooth.count,smooth.val.cpu()
+        usual = vars(recorder)['smooth_loss'] = AvgSmoothLoss(smooth.beta)
+        usual.count,usual.val = smooth.count,smooth.val.cpu()
         cls.fetch(recorder)
 
     @staticmethod
     def fetch(recorder):
         "Bring the losses that are recorded to the CPU, as plots want them"
-        if recorder.losses: recorder.losses = list(torch.stack(list(recorder.losses)).cpu())
+        losses = vars(recorder).get('losses') # none if the recorder does not run
+        if losses: recorder.losses = list(torch.stack(list(losses)).cpu())
