@@ -1199,7 +1199,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastrain.runs.compare._check_repetitions': ( 'runs/compare.html#_check_repetitions',
                                                                                      'fastrain/runs/compare.py'),
                                        'fastrain.runs.compare._check_seeds': ('runs/compare.html#_check_seeds', 'fastrain/runs/compare.py'),
-                                       'fastrain.runs.compare._compare': ('runs/compare.html#_compare', 'fastrain/runs/compare.py'),
                                        'fastrain.runs.compare._differences_section': ( 'runs/compare.html#_differences_section',
                                                                                        'fastrain/runs/compare.py'),
                                        'fastrain.runs.compare._draw_tradeoff': ( 'runs/compare.html#_draw_tradeoff',

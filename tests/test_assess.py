@@ -146,7 +146,7 @@ def test_evaluate_any(mine, tmp_path):
     ev = evaluate_any(f'{mine}:make', 'digits', tmp_path/'out', 'natural,pgd2', eps=.1, n=40, standard=f'{mine}:make',
                       pictures='images,tsne', device='cpu', progress=False)
     assert {f.name for f in (tmp_path/'out').iterdir()} == {
-        'evaluation.json', 'evaluation.md', 'per_image.csv', 'report.md', 'report.html', 'images.png', 'tsne.png', 'parts'}
+        'evaluation.json', 'evaluation.md', 'per_image.csv', 'report.md', 'report.html', 'images.png', 'tsne.png', 'parts', '.lock'}
     record = read_evaluation(tmp_path/'out')
     assert record['figures'] == ev.figures and record['environment']['torch'] and record['figures']['l_tp'] > 0
     for spec,match in (('pair', 'tuple'), ('soft', 'probabilities')):

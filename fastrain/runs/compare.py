@@ -289,21 +289,20 @@ def compare_runs(
     "Compare runs, with a report"
     if not runs: raise ValueError('There are no runs to compare')
     _check_folder(out)
-    with lock_folder(out): return _compare(_each_once(runs), out, against, command)
-
-def _compare(runs, out, against, command):
+    runs = _each_once(runs)
     measured = _measured(runs)
     _check_repetitions(measured)
     figures = _figures(measured)
     tests = _all_tests(runs, against)
     table = _means(figures)
-    has_picture = _draw_tradeoff(figures, _robust_title(measured), out)
-    means,rest = _means_sections(table, measured)
-    pictures = pictures_section(out) if has_picture else None
-    beside = Section('', parts=[pictures, _tests_section(tests)])
-    parts = [means, rest, beside, _differences_section(runs)]
-    lead = commands_text([command] if command else [])
-    save_page(out, Section(', '.join(_names_of(runs)), lead, parts))
+    with lock_folder(out):
+        has_picture = _draw_tradeoff(figures, _robust_title(measured), out)
+        means,rest = _means_sections(table, measured)
+        pictures = pictures_section(out) if has_picture else None
+        beside = Section('', parts=[pictures, _tests_section(tests)])
+        parts = [means, rest, beside, _differences_section(runs)]
+        lead = commands_text([command] if command else [])
+        save_page(out, Section(', '.join(_names_of(runs)), lead, parts))
     return table
 
 def _each_once(folders) -> list:
