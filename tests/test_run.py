@@ -83,9 +83,10 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     with lock_folder(tmp_path/'mine'): pass
     assert [str(f.relative_to(tmp_path)) for f in tmp_path.rglob('.unfinished*')] == ['mine/runs/other/.unfinished-a.png']
 
-@pytest.mark.parametrize('command', [['compare', 'run'], ['evaluate', 'mine.py:make', '--data', 'digits']])
-def test_a_folder_that_another_process_works_in(command, holder, new, tmp_path, monkeypatch):
+@pytest.mark.parametrize('command', [['compare', 'trained'], ['evaluate', 'mine.py:make', '--data', 'digits']])
+def test_a_folder_that_another_process_works_in(command, trained, holder, new, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, 'trained')
     (tmp_path/'mine.py').write_text('import torch\ndef make(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))')
     (tmp_path/'out').mkdir()
     (tmp_path/'out'/'.lock').symlink_to(new.out/'.lock') # the same lock
