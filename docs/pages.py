@@ -95,7 +95,7 @@ class Page:
             if cell['cell_type'] == 'raw' or source.startswith('<!-- WARNING'): continue
             if cell['cell_type'] == 'markdown': cells.append(markdown(links(source, self, pages)))
             elif shown := re.search(r'^show_doc\(([\w.]+)', source, re.M): cells.append(self._documented(shown[1]))
-            else: cells.append(code(cell, source))
+            else: cells.append(code(cell, source, lambda text: links(text, self, pages)))
         return by_line(cells)
 
     def _documented(self, name):
@@ -146,13 +146,14 @@ def by_line(cells):
     for cell in result: cell['metadata'].pop('line', None)
     return result
 
-def code(cell, source):
-    "A cell of code without nbdev's and Quarto's directives, which become tags"
+def code(cell, source, link):
+    "A cell of code without nbdev's and Quarto's directives, which become tags; `link` mends the links of a text"
     directives = dict(re.findall(r'^#\|\s*([\w-]+):?\s*(.*)$', source, re.M))
     effects = dict(echo='remove-input', output='remove-output', include='remove-cell')
     tags = [tag for name,tag in effects.items() if directives.get(name) == 'false']
     source = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
     outputs = [dict(o, execution_count=None) if o['output_type'] == 'execute_result' else o for o in cell['outputs']]
+    for data in (o['data'] for o in outputs if 'text/markdown' in o.get('data', {})): data['text/markdown'] = link(''.join(data['text/markdown']))
     return dict(cell_type='code', execution_count=None, metadata=dict(tags=tags), source=source, outputs=outputs)
 
 def links(text, page, pages):
