@@ -95,6 +95,8 @@ class Step:
     precision:callable=nullcontext # Makes the context of the training's mixed precision
     lr:float=None # Learning rate of M'
     strict:bool=False # Passes of M' in the number and order of the official codes?
+    gathered:callable=lambda v: v # `Views → Views`: the batch of all processes that share the training, as losses see it
+    averaged:callable=lambda grads: grads # A list of gradients, or None, to their means over these processes
 
     def look(self, x:Tensor) -> Output:
         "The model's view of images, in the mode it is in and with its graph"
@@ -128,6 +130,7 @@ class Piece:
     passes = {} # `{key of a robust loss: passes of M'}` in the order of the official code, for `strict`; see `order_of_passes`
     module = None # Trained along with M'
     by_length = False # Does what it does in an epoch depend on how many there are?
+    whole = False # Of several processes, must it see the images of all, since it remembers them?
     def setup(self, training:Training): "Make what depends on model and data, once"
 
 # %% ../../nbs/pieces/base.ipynb #a5102fb2

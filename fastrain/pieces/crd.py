@@ -74,6 +74,7 @@ def _train_labels(dl) -> Tensor: # (n,)
 class CRD(Relation):
     "Contrastive representation distillation from M(x), a constant, to M'(x')"
     key,term,paper = 'crd','crd','Tian, Krishnan & Isola, ICLR 2020; weight as in RepDistiller'
+    whole = True # a bank of all images
     def __init__(self,
         k:int=16384, # Negatives for each image, at most as many as there are images of other classes
         dim:int=128, # Width of the embeddings

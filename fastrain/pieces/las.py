@@ -60,6 +60,7 @@ def _after_one_step(
     try:
         if step.perturb: step.perturb.perturb(step)
         robust_loss(step).backward()
+        step.averaged([p.grad for p in model.parameters()])
         opt.step()
     finally:
         if step.perturb: step.perturb.restore() # even after an interrupt: it must not outlive the copy
@@ -230,6 +231,7 @@ def attacked(self:LAS, step):
     self._opt.param_groups[0]['lr'] = self.lr*.1**sum(step.views.pct >= drop for drop in self._published['drops'])
     self._opt.zero_grad()
     loss.backward()
+    step.averaged([p.grad for p in self._net.parameters()])
     nn.utils.clip_grad_norm_(self._net.parameters(), 1.)
     self._opt.step()
 

@@ -33,7 +33,7 @@ def robust_loss(
     with step.precision():
         outputs = step.outputs(passes)
         std = step.look_standard(v.x) if 'std' in robust.needs else None
-    return sum(robust(v.seen(**outputs, std=std)).values())
+    return sum(robust(step.gathered(v.seen(**outputs, std=std))).values())
 
 # %% ../../nbs/pieces/weights.ipynb #9b1d348f
 @contextmanager
@@ -47,12 +47,13 @@ def _kept_buffers(model:nn.Module):
 def _ascent(
     model:nn.Module, # Whose weights are to be moved
     loss, # () → scalar, computed with `model`
-    gamma:float # Size of the displacement of a layer, relative to the norm of its weight
+    gamma:float, # Size of the displacement of a layer, relative to the norm of its weight
+    averaged=lambda grads: grads # As of `Step`
 ) -> dict: # `{name: displacement}` of each parameter with 'weight' in its name and more than one dimension
     "AWP's displacement of the weights; running statistics stay as they are"
     params = {n: p for n,p in model.named_parameters() if 'weight' in n and p.ndim > 1 and p.requires_grad}
     with _kept_buffers(model), torch.enable_grad():
-        grads = torch.autograd.grad(loss(), list(params.values()), allow_unused=True)
+        grads = averaged(torch.autograd.grad(loss(), list(params.values()), allow_unused=True))
     return {n: gamma*p.detach().norm()*g/(g.norm() + 1e-20) for (n,p),g in zip(params.items(), grads) if g is not None}
 
 def _displace(model:nn.Module, displacement:dict, sign:int=1):
@@ -89,7 +90,7 @@ class AWP(Perturbation):
     def perturb(self, step):
         if step.views.passed(self.of) < self._warmup: return
         self._model = get_model(step.model)
-        self._moved = _ascent(self._model, lambda: robust_loss(step), self._gamma)
+        self._moved = _ascent(self._model, lambda: robust_loss(step), self._gamma, step.averaged)
         _displace(self._model, self._moved)
 
     def restore(self):

@@ -21,7 +21,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model
 from fastcore.basics import patch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ..attacks.pgd import as_attack
 from ..core import peek_batch, upcast
@@ -30,10 +30,12 @@ from ..models.stems import image_size
 from ..pieces.base import CrossEntropy, Output, Step, Training, Views, check_flag, order_of_passes
 from ..pieces.losses import AT
 from ..pieces.relations import Topology
+from ..processes import n_processes, total
 from ..speed.options import Precision, Speed
 from ..speed.replica import current, make_replica
 from .batches import BatchWatch
 from .checkpoint import Checkpoint
+from .distributed import Together, n_real
 from .loss_func import check_class_weights, cross_entropy_of, loss_name
 from .methods import as_piece
 from .metrics import Column, LossOnDevice, history # whoever has the callback wants to see what it recorded
@@ -46,7 +48,7 @@ from .standard import as_policy, callback_of, learner_beside, step_beside
 class TRAINCallback(Callback):
     "Adversarial training of the learner's model, with a standard model beside it whose batch topology it keeps (TRAIN, Mi et al. 2024)"
     order,name = GradientAccumulation.order-1,'train_cb' # complete losses before they are divided; the attack outside the autocast region
-    _learn,_capture,_replica = None,None,None
+    _learn,_capture,_replica,_together = None,None,None,None
     __setattr__ = object.__setattr__ # fastai's asks the model for every name
     speed,measured = Speed(),False # how adversaries are computed, see `Learner.to_speed`; and was it chosen by `to_fast`?
     def __init__(self,
@@ -59,7 +61,8 @@ class TRAINCallback(Callback):
         perturb=None, # Perturbation of the weights, such as `AWP()` or 'awp'
         average=None, # Average of the weights, such as `EMA()` or 'ema:decay=.99'
         lam=5., # λ: a number, a `LambdaSchedule`, or any function of training progress
-        strict:bool=False # Passes of M' through BatchNorm in the number and order of the official codes, see `fastrain.pieces.base`
+        strict:bool=False, # Passes of M' through BatchNorm in the number and order of the official codes, see `fastrain.pieces.base`
+        apart:bool=False # Of several processes: does each compare its own images only? If not, losses see the images of all
     ):
         self.robust = as_piece('robust', robust, 'robust') or AT()
         self.strategy = as_piece('strategy', strategy, 'strategy')
@@ -72,7 +75,8 @@ class TRAINCallback(Callback):
         self.objective = Objective(self.robust, self.relations, self.lam)
         self.pieces = _by_family(self.robust, self.strategy, self.relations, self.perturb, self.average)
         self.needs = {n for p in self.pieces.values() for n in p.needs}
-        self.strict = check_flag('strict', strict)
+        self.strict,self.apart = check_flag('strict', strict),check_flag('apart', apart)
+        self._check_apart()
         ruling = (*self.relations, self.strategy, self.perturb, self.robust) if strict else ()
         self.passes = order_of_passes(self.robust, self.needs, [p for p in ruling if p]) # the first is the learner's own forward
         self.fitting,self.columns,self._side = False,{},None
@@ -104,6 +108,12 @@ def _by_family(robust, strategy, relations, perturb, average) -> dict:
     return {n: p for n,p in pieces.items() if p}
 
 @patch
+def _check_apart(self:TRAINCallback):
+    for p in self.pieces.values():
+        if self.apart and p.whole:
+            raise ValueError(f'{p} remembers images of all processes: leave out apart=True, so that each sees those of all')
+
+@patch
 def __reduce__(self:TRAINCallback):
     "An exported learner is for inference: it carries neither the standard model nor its data"
     return Callback, ()
@@ -113,7 +123,13 @@ def __reduce__(self:TRAINCallback):
 def before_fit(self:TRAINCallback):
     self._leave_nothing()
     self.fitting = not self.learn.lock.locked()
-    if not self.fitting: return
+    self._together = Together(self.learn, self.apart)
+    self._together.begin()
+    if self.fitting: self._begin_fit()
+    self._together.share(self._models())
+
+@patch
+def _begin_fit(self:TRAINCallback):
     n_classes,x = self._check()
     self._ce = self._cross_entropy(n_classes)
     self._watch = BatchWatch(self._clip, n_classes)
@@ -133,6 +149,7 @@ def after_fit(self:TRAINCallback):
 def _leave_nothing(self:TRAINCallback):
     "Take back what a batch that was cut short has left, and the columns"
     self._undo()
+    if self._together: self._together.end()
     self._replica = None
     if recorder := callback_of(self.learn, Recorder): LossOnDevice.take_out(recorder)
     self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, Column)]
@@ -167,6 +184,9 @@ def _check_callbacks(self:TRAINCallback):
     if mixed and not isinstance(mixed, Precision) and not torch.cuda.is_available():
         warnings.warn('This mixed precision works on CUDA GPUs alone, and there is none: this training computes in float32, as without it. '
                       '`learn.to_bf16()` works on a CPU, too')
+    if n_processes() > 1 and not self._together:
+        warnings.warn(f'Each of the {n_processes()} processes trains models of its own. To train one together: '
+                      '`with learn.distrib_ctx(sync_bn=False): learn.fit(...)`')
 
 @patch(as_prop=True)
 def _clip(self:TRAINCallback):
@@ -184,9 +204,6 @@ def _build_standard(self:TRAINCallback, n_classes, x):
     if self.policy.trains: check_classes(self.policy.model, n_classes, 'standard')
     check_features(self.policy.model, 'standard')
     check_channels(self.policy.model, x, 'standard')
-    if self.policy.trains and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        warnings.warn('Of several processes each trains a standard model of its own, on its own part of the data: '
-                      'for the same one in all, train it before and give it as `Frozen(...)`')
 
 @patch
 def _cross_entropy(self:TRAINCallback, n_classes) -> CrossEntropy:
@@ -235,9 +252,10 @@ def _add_columns(self:TRAINCallback):
 @patch
 def before_train(self:TRAINCallback):
     if not self.fitting: return
+    self._together.load()
     for column in self.columns.values(): column.clear()
     if not self.policy: return
-    if not self._searching: self.policy.warm_up(self.learn)
+    if not self._searching: self.policy.warm_up(self.learn, self._together)
     self.policy.train_mode()
 
 @patch
@@ -271,7 +289,7 @@ def _look_at(self:TRAINCallback, v):
 def _make_step(self:TRAINCallback, v) -> Step:
     return Step(self.learn.model, v, self.robust, self.attack, self.perturb, features='features' in self.needs,
                 look_standard=self.policy and self.policy.look, precision=self._precision, lr=float(self.learn.opt.hypers[-1]['lr']),
-                strict=self.strict)
+                strict=self.strict, gathered=self._together.gathered, averaged=self._together.averaged)
 
 @patch
 def _precision(self:TRAINCallback):
@@ -309,19 +327,19 @@ def after_pred(self:TRAINCallback):
 @patch
 def after_loss(self:TRAINCallback):
     if not self._training_batch: return
-    v,std_loss = self.views,None
+    v = self.views
     for name,output in self.step.outputs(self.passes[1:]).items(): setattr(v, name, output)
-    if self.policy:
-        v.std = self.policy.view(v.x)
-        std_loss = self.policy.loss(v.std, v.y)
-    loss,self.terms,values = self.objective(v)
+    if self.policy: v.std = self.policy.view(v.x)
+    v = self._together.gathered(v)
+    with self._together.draws(): loss,self.terms,values = self.objective(v)
+    std_loss = self.policy.loss(v.std, v.y) if self.policy else None
     self._record(values)
-    self.learn.loss = loss.detach().clone()
+    self.learn.loss = self._together.of_all(loss)
     if std_loss is not None:
         loss = loss + std_loss
         self.terms['std_loss'] = std_loss
     self.learn.loss_grad = loss
-    self.total = loss.detach().clone()
+    self.total = self._together.of_all(loss)
 
 @patch
 def _record(self:TRAINCallback, values):
@@ -336,6 +354,16 @@ def _release(self:TRAINCallback):
     self._capture = None
 
 # %% ../../nbs/training/callback.ipynb #e898ede3
+@patch
+def before_step(self:TRAINCallback):
+    if self.fitting: self._together.average(self._models())
+
+@patch
+def _models(self:TRAINCallback) -> list:
+    "All that may be trained"
+    if not self.fitting: return []
+    return [get_model(self.learn.model), *([self.policy.model] if self.policy else []), *([self._side.model] if self._side else [])]
+
 @patch
 def after_step(self:TRAINCallback):
     if not self.fitting: return
@@ -377,6 +405,13 @@ def after_train(self:TRAINCallback):
     if not self.fitting: return
     self._undo()
     self._stop_at(self._watch.judge()) # before anything is validated or saved
+    self._sum_columns(self.objective.columns)
+
+@patch
+def _sum_columns(self:TRAINCallback, names):
+    "What all processes have added"
+    if self._together:
+        for c in (self.columns[n] for n in names): c.total,c.count = total([c.total, c.count])
 
 @patch
 def _undo(self:TRAINCallback):
@@ -386,6 +421,7 @@ def _undo(self:TRAINCallback):
 # %% ../../nbs/training/callback.ipynb #918294c2
 @patch
 def before_validate(self:TRAINCallback):
+    self._together.load()
     if not self.fitting or self.learn.lock.locked(): return
     for name,model in self._beside().items():
         model.eval()
@@ -394,9 +430,14 @@ def before_validate(self:TRAINCallback):
 @patch
 def _validate_beside(self:TRAINCallback):
     if not len(self.yb): return
+    n = n_real(self.learn.dl, len(self.yb[0]))
     for name,model in self._beside().items():
-        hits = (model(_plain(self.xb[0])).argmax(1) == self.yb[0]).float().mean()
-        self.columns[name].add(hits, len(self.yb[0]))
+        hits = (model(_plain(self.xb[0])).argmax(1) == self.yb[0])[:n].float().sum()
+        self.columns[name].add_sum(hits, n)
+
+@patch
+def after_validate(self:TRAINCallback):
+    if self.fitting and not self.learn.lock.locked(): self._sum_columns(self._beside())
 
 # %% ../../nbs/training/callback.ipynb #df13cf05
 @patch
@@ -428,7 +469,7 @@ def settings(self:TRAINCallback) -> dict:
     parts = {**dict.fromkeys(_single), **self.pieces, 'attack': self.attack, 'lam': self.lam, 'standard': self.policy}
     found = {name: part and _described(part) for name,part in parts.items()}
     if self.policy: found['standard'].pop('keep', None)
-    return dict(found, loss_func=self._learn and _said_by(self._learn.loss_func), strict=self.strict)
+    return dict(found, loss_func=self._learn and _said_by(self._learn.loss_func), strict=self.strict, apart=self.apart)
 
 def _said_by(loss_func) -> dict:
     try: ce = cross_entropy_of(loss_func)

@@ -18,7 +18,9 @@ from torch import Tensor
 from ..attacks.checks import check_logits, check_not_probabilities
 from ..attacks.pgd import as_attack
 from ..core import check_number, eval_mode, fork_rng, upcast
+from ..processes import total
 from .batches import BatchWatch
+from .distributed import ShardedDL, n_real
 from .preconditions import check_transforms
 
 # %% ../../nbs/training/metrics.ipynb #2c7243f0
@@ -41,12 +43,14 @@ class RobustAccuracy(Metric):
     def value(self):
         if self._waiting(): self._attack()
         self._forget()
-        return self.hits/self.count if self.count else None
+        hits,count = total([self.hits, self.count]) if self._in_parts else (self.hits, self.count)
+        return hits/count if count else None
 
     def reset(self):
         self.hits = self.count = 0 # of images attacked so far
         self._watch = None # of the images of this epoch
         self.seen,self.chosen = 0,None # images that came by, and which of all are to be attacked
+        self._in_parts = False # does another process attack others?
         self._forget()
 
     def _forget(self): self._queue,self._model = [],None
@@ -66,6 +70,7 @@ class RobustAccuracy(Metric):
 @patch
 def _begin(self:RobustAccuracy, learn):
     "Errors for data and model, by the first batch"
+    self._in_parts = isinstance(learn.dl, ShardedDL)
     check_transforms(learn.dl)
     logits = check_logits(learn.pred, len(learn.yb[0]))
     check_not_probabilities(logits)
@@ -74,9 +79,12 @@ def _begin(self:RobustAccuracy, learn):
 @patch
 def _mask(self:RobustAccuracy, learn, bs):
     "Which images of the next batch are to be attacked"
-    if self.n is None: return torch.ones(bs, dtype=torch.bool)
-    if self.chosen is None: self.chosen = self._choose(len(learn.dl.dataset))
-    return self.chosen[self.seen:self.seen + bs]
+    dl = learn.dl
+    if self.chosen is None: self.chosen = self._choose(len(dl.dataset)) if self.n is not None else None
+    places = dl.idxs if self._in_parts else slice(self.seen, self.seen + bs)
+    mask = torch.ones(bs, dtype=torch.bool) if self.n is None else self.chosen[places]
+    mask[n_real(dl, bs):] = False
+    return mask
 
 @patch
 def _choose(self:RobustAccuracy, total):
@@ -126,7 +134,11 @@ class Column(Metric):
         value, # A number, or a tensor of one: a mean of `n` images
         n:int=1
     ):
-        self.total,self.count = self.total + value*n,self.count + n
+        self.add_sum(value*n, n)
+
+    def add_sum(self, value, n:int=1):
+        "The same for a sum"
+        self.total,self.count = self.total + value,self.count + n
 
 # %% ../../nbs/training/metrics.ipynb #5106be62
 class LossOnDevice(AvgSmoothLoss):

@@ -32,6 +32,8 @@ from ..models.features import find_classifier, logits_and_features
 from ..models.backbone import create_backbone, load_weights
 from ..models.stems import height_and_width
 from ..models.stored import stored_backbone
+from ..processes import from_first, is_first, own_seed
+from .distributed import AverageGradients
 from .loss_func import as_loss_func, check_class_weights, cross_entropy_of
 
 # %% ../../nbs/training/standard.ipynb #9eff66c6
@@ -127,23 +129,23 @@ class StandardPolicy(Registered):
 
 # %% ../../nbs/training/standard.ipynb #db1335a5
 @patch
-def warm_up(self:StandardPolicy, learn):
+def warm_up(self:StandardPolicy, learn, together=None): # `together`: the processes that share the training
     "Train alone before the first epoch of `learn`, or take the model of such a warm-up from `keep`"
     if self.warmup and not self._warm:
-        if self.keep and Path(self.keep).is_file(): self._load_warm(load_tensors(self.keep))
+        if self.keep and from_first(Path(self.keep).is_file()): self._load_warm(load_tensors(self.keep))
         else:
-            self._train_alone(learn)
-            if self.keep: self._save_warm(self.keep)
+            self._train_alone(learn, [AverageGradients(together)]*bool(together))
+            if self.keep and is_first(): self._save_warm(self.keep)
     self._warm = True
 
 @patch
-def _train_alone(self:StandardPolicy, learn):
+def _train_alone(self:StandardPolicy, learn, cbs):
     precision = callback_of(learn, MixedPrecision)
-    cbs = type(precision)(precision.amp_mode) if precision else None
+    if precision: cbs = [*cbs, type(precision)(precision.amp_mode)]
     bar = nullcontext() if callback_of(learn, ProgressCallback) else self.learner.no_bar()
     with ExitStack() as kept, bar, self.learner.no_logging():
         for dl in self.learner.dls.loaders: kept.enter_context(undisturbed(dl)) # a warm-up that is loaded draws nothing
-        if self.seed is not None: seed_all(self.seed)
+        if self.seed is not None: seed_all(own_seed(self.seed))
         self.learner.fit_one_cycle(self.warmup, self.warmup_lr, cbs=cbs)
     if learn.logger is not noop: print(f'standard model: {self.warmup} epochs alone, {_last_row(self.learner)}')
 
