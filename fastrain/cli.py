@@ -7,7 +7,7 @@ __all__ = ['split_methods', 'load_pieces', 'command_line', 'train', 'evaluate', 
 
 # %% ../nbs/cli.ipynb #f07691a0
 import argparse, os, re, shlex, signal, sys, threading, warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from inspect import Parameter, signature
 
 from .names import lookup, split_list
@@ -66,7 +66,7 @@ def train(
     backbone:str=None, # Adversarial model: any timm name (default resnet18; digits: resnet10t_16)
     standard:str=None, # Standard model: any timm name, or a run, a checkpoint, or pretrained:NAME of timm (default as for --backbone)
     epochs:int=None, # Epochs (default 30; digits 12)
-    bs:int=None, # Batch size in images, at least 3 (default 128; digits 64)
+    bs:int=None, # Batch size in images of each process, at least 3 (default 128; digits 64)
     lr:float=None, # Highest learning rate of SGD (default 0.1)
     drops:str=None, # Multi-step schedule: full epochs before each tenfold drop of lr, such as 75,90 (default: one cycle)
     wd:float=None, # Weight decay on every parameter (default 5e-4)
@@ -95,6 +95,8 @@ def train(
     chunk:int=None, # Let the attack work on so many images at a time (default: a whole batch)
     compile:bool=False, # The attack through torch.compile; with --fast, if that is faster
     device:str=None, # cpu, cuda, ... (default: a GPU if there is one)
+    sync_bn:bool=False, # With several processes: BatchNorm over the images of all, on GPUs (default: each has its own)
+    apart:bool=False, # With several processes: each compares its own images only (default: losses see the images of all)
     seed:int=None, # Seed of weights, batches and attacks (default 1)
     attacks:str=None, # Evaluate under these, see `fastrain evaluate --help` (default natural,pgd20)
     load:str=None, # Python files with pieces of your own, comma-separated
@@ -112,7 +114,7 @@ def train(
         eps=_size('eps', eps), alpha=_size('alpha', alpha), steps=steps, norm=norm, eval_eps=_size('eval-eps', eval_eps), lam=lam,
         lam_schedule=lam_schedule, warmup=warmup, holdout=holdout, n_train=n_train, n_test=n_test, img_size=img_size,
         precision=precision, fast=fast or None, channels_last=channels_last or None, fold=fold or None, chunk=chunk,
-        compile=compile or None, seed=seed)
+        compile=compile or None, sync_bn=sync_bn or None, apart=apart or None, seed=seed)
     load_pieces(load)
     _place(device)
     if resume: return _show(resume_run(out, device, methods, attacks, _given(profile=profile, **settings), command), out)
@@ -346,7 +348,7 @@ def main():
         try:
             try: _run(argv)
             except BrokenPipeError: _leave_quietly()
-            except Exception as e: sys.exit(f'{prog}: {_told(e)}')
+            except Exception as e: sys.exit(_last_words(prog, e))
         except KeyboardInterrupt:
             _say_interrupted(prog, argv)
             sys.exit(130)
@@ -376,11 +378,12 @@ def _run(argv):
     if not argv or argv[0] in ('-h', '--help'): return print(_usage())
     if argv[0] == '--version': return print(_version())
     command = lookup(argv[0], _commands, 'command')
-    positional,options = _arguments(argv[0], argv[1:])
+    with _silent(sys.stderr) if _number() else nullcontext(): positional,options = _arguments(argv[0], argv[1:])
+    if _number() and command not in (train, evaluate): return
     with warnings.catch_warnings():
         for text in _for_others: warnings.filterwarnings('ignore', text)
         from fastrain.training.progress import plain_output
-        with plain_output(): command(*positional, **options)
+        with plain_output(), _one_of_several(options.get('device')): command(*positional, **options)
     sys.stdout.flush() # here, where an error has a line
 
 # warnings of libraries to those who write libraries; the first comes when fastai is imported
@@ -394,6 +397,39 @@ def _usage():
 def _version():
     from fastrain import __version__
     return f'fastrain {__version__}'
+
+# %% ../nbs/cli.ipynb #2140a5ca
+def _number() -> int:
+    "Which of the processes of a launcher is this?"
+    return int(os.environ.get('RANK', 0))
+
+@contextmanager
+def _one_of_several(device):
+    "Inside the `with`, the processes of a launcher work together, and the first one speaks"
+    if int(os.environ.get('WORLD_SIZE', 1)) < 2: yield
+    else:
+        from fastrain.processes import joined
+        signal.signal(signal.SIGTERM, _stopped)
+        with joined(device == 'cpu'), _silent(sys.stdout) if _number() else nullcontext(): yield
+
+@contextmanager
+def _silent(stream):
+    "What would be written goes nowhere, nor do warnings"
+    redirect = redirect_stdout if stream is sys.stdout else redirect_stderr
+    with open(os.devnull, 'w') as nowhere, redirect(nowhere), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+def _stopped(signum, frame):
+    signal.signal(signum, signal.SIG_IGN) # once
+    raise ConnectionError('stopped by the launcher, as another process has ended: what it said stands above, if it could. '
+                          'What is written is whole: once the cause is mended, the same command with --resume goes on from there')
+
+def _last_words(prog, e):
+    "What is told of an error; what all processes find in the arguments, the first one tells"
+    if not _number(): return f'{prog}: {_told(e)}'
+    from fastrain.processes import n_processes
+    return f'{prog} (process {_number()}): {_told(e)}' if n_processes() > 1 else 1
 
 # %% ../nbs/cli.ipynb #da300007
 def _arguments(name, argv) -> tuple: # positional, by name

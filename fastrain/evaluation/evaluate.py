@@ -25,6 +25,7 @@ from .earlier import Earlier, joined, save_beside
 from .measure import Batches, Job, Store, full_precision, measure, model_place, n_batches
 from .record import Evaluation, read_evaluation, read_evaluations, subset_name, summarise
 from .scores import Evidence, Measure, wilson
+from ..processes import first_does
 
 # %% ../../nbs/evaluation/evaluate.ipynb #0b9b98b0
 def parse_figures(
@@ -106,7 +107,7 @@ def evaluate(
     if command: settings['commands'] = [command]
     ev = summarise(columns, attacks, settings, figures, topology, notes, batches.rows)
     of_all = on if support else _measured_on(earlier.attacks | attacks, l_tp_attack)
-    if out: save_beside(joined(ev, earlier, of_all, measured, notes), out)
+    if out: first_does(lambda: save_beside(joined(ev, earlier, of_all, measured, notes), out))
     return ev
 
 # %% ../../nbs/evaluation/evaluate.ipynb #35b21d49

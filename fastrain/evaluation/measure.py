@@ -25,6 +25,7 @@ from ..attacks.pgd import check_images, check_labels, logit_margin
 from ..attacks.worst import Trace, attack_cost, run_attack
 from ..core import check_number, eval_mode, fork_rng, load_tensors, save_tensors, upcast
 from ..models.features import FeatureCapture
+from ..processes import gather_objects, is_first, n_processes, process
 
 # %% ../../nbs/evaluation/measure.ipynb #a677360b
 class Batches:
@@ -284,7 +285,7 @@ class _Bar:
         self.done,self.bar = 0,None
         if not show or fastprogress.NO_BAR: return
         total = 'noinfer'
-        if n_batches is not None: total = max(1, round(n_batches*sum(attack_cost(j.attack) for j in jobs)))
+        if n_batches is not None: total = max(1, round(n_batches/n_processes()*sum(attack_cost(j.attack) for j in jobs)))
         self.bar = fastprogress.progress_bar((), total=total, leave=False) # moved by hand
         self.bar.update(0)
 
@@ -320,16 +321,25 @@ def measure(
     store = store or Store()
     models = list({id(j.model): j.model for j in jobs}.values())
     parts = [[] for _ in jobs]
-    bar = _Bar([j for j in jobs if j.earlier is None], n_batches(batches), progress)
+    bar = _Bar([j for j in jobs if j.earlier is None], n_batches(batches), progress and is_first())
     with full_precision(), contextlib.ExitStack() as stack:
         for m in models: stack.enter_context(eval_mode(m))
         for i,(x,y) in enumerate(_checked(batches, models)):
             watch(i, x, y)
-            batch = _Batch(i, x, y, seed)
-            for job,done in zip(jobs, parts): done.append(_part(job, batch, store, seed, bar))
+            batch,mine = _Batch(i, x, y, seed),i % n_processes() == process()
+            for job,done in zip(jobs, parts): done.append(_part(job, batch, store, seed, bar) if mine else None)
     bar.close()
+    parts = _of_all(parts)
     if not parts[0]: raise ValueError('There are no images to evaluate on')
     return [_join(p) if _is_whole(p, j.earlier) else None for p,j in zip(parts, jobs)]
+
+def _of_all(parts) -> list:
+    "The parts of all processes, of which each has worked on every n-th batch; images stay in their files"
+    n = n_processes()
+    if n == 1: return parts
+    light = [[p and {k: v for k,v in p.items() if k not in ('x_adv', 'answer')} for p in done] for done in parts]
+    found = gather_objects(light)
+    return [[found[i % n][job][i] for i in range(len(done))] for job,done in enumerate(parts)]
 
 def _part(job, batch, store, seed, bar):
     "What a job leaves of a batch: from its file, or else computed and kept; None for an earlier one that does not fit"

@@ -6,6 +6,7 @@
 __all__ = ['recipe_attacks', 'evaluate_run', 'show_run', 'rescore_run', 'load_any', 'load_for', 'evaluate_any']
 
 # %% ../../nbs/runs/evaluate.ipynb #3cd4680b
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,7 @@ from ..evaluation.record import Evaluation, read_evaluation, read_evaluations, r
 from ..models.backbone import create_backbone, load_weights
 from ..models.features import n_outputs
 from ..models.stored import stored_backbone
+from ..processes import first_does, is_first
 from .gallery import Exhibits, check_pictures, draw_pictures, picture_names
 from .own import call_own, import_code
 from .recipe import Recipe
@@ -99,7 +101,8 @@ def evaluate_run(
     run = Run(out, device, path)
     todo = _records_of(run, methods)
     pictures,attacks = _checked(run, pictures, recipe_attacks(run.recipe, attacks, eps)) # errors come before the data are read
-    with run.lock():
+    with ExitStack() as held:
+        first_does(lambda: held.enter_context(run.lock()))
         results,shown = [],{}
         for r in todo:
             method = r['method']
@@ -109,10 +112,10 @@ def evaluate_run(
             print(f'{method}: {_accuracies(shown[method])}')
             results.append({k: v for k,v in r.items() if k not in CHECKPOINTS} | record)
             run.evaluations = _all_evaluated(run, results[-1])
-            save_json(run.out/'evaluation.json', run.evaluations)
+            if is_first(): save_json(run.out/'evaluation.json', run.evaluations)
         if not results:
             raise ValueError(_nothing_there(run, todo, which))
-        show_run(run, [_with_earlier(run, r) for r in results], pictures, shown, print)
+        first_does(lambda: show_run(run, [_with_earlier(run, r) for r in results], pictures, shown, print))
     return results
 
 # %% ../../nbs/runs/evaluate.ipynb #754f666b
@@ -259,17 +262,22 @@ def evaluate_any(
     asked,measures = parse_figures(attacks, **{k: kwargs[k] for k in ('eps', 'norm') if k in kwargs})
     check_pictures(pictures, asked, [m.key for m in measures], _records_in(out), history=False)
     model,standard,dls = load_for(data, spec, weights, backbone, standard, path, img_size, bs, device)
-    with lock_folder(out):
+    made_from = f'{spec}, weights {weights}' if weights else str(spec)
+    with ExitStack() as held:
+        first_does(lambda: held.enter_context(lock_folder(out)))
         ev = evaluate(model, dls, attacks, standard=standard, out=out, **kwargs)
-        name = Path(str(spec).rpartition(':')[2]).stem
-        attack = ev.attacks[ev.settings['l_tp_attack']].attack
-        whole = read_evaluation(out, ev.settings['subset']) # with earlier figures that hold
-        exhibits = Exhibits({name: whole}, lambda _: model, dls, attack, evaluations={name: ev},
-                            per_image=lambda _: read_per_image(out, ev.settings['subset']))
-        draw_pictures(pictures, exhibits, out, print)
-        made_from = f'{spec}, weights {weights}' if weights else str(spec)
-        save_page(out, model_page(f'{name} on {data}', made_from, read_evaluations(out), environment(device), out))
-        return ev
+        first_does(lambda: _show_model(ev, model, spec, made_from, data, dls, out, pictures, device))
+    return ev
+
+def _show_model(ev, model, spec, made_from, data, dls, out, pictures, device):
+    "Pictures and report of a model by itself"
+    name = Path(str(spec).rpartition(':')[2]).stem
+    attack = ev.attacks[ev.settings['l_tp_attack']].attack
+    whole = read_evaluation(out, ev.settings['subset']) # with earlier figures that hold
+    exhibits = Exhibits({name: whole}, lambda _: model, dls, attack, evaluations={name: ev},
+                        per_image=lambda _: read_per_image(out, ev.settings['subset']))
+    draw_pictures(pictures, exhibits, out, print)
+    save_page(out, model_page(f'{name} on {data}', made_from, read_evaluations(out), environment(device), out))
 
 def _records_in(out) -> list:
     try: return read_evaluations(out)

@@ -8,10 +8,12 @@ __all__ = ['profiles', 'Recipe', 'make_recipe', 'given_settings', 'recipe_dls', 
            'check_recipe']
 
 # %% ../../nbs/runs/recipe.ipynb #28d35b30
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 import fastai.callback.schedule # fit_one_cycle
+import fastai.distributed # distrib_ctx
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -23,6 +25,7 @@ from ..core import check_name, check_number, fork_rng, lookup, shown
 from ..data.sources import get_dls
 from ..models.backbone import create_backbone
 from ..pieces.base import check_flag
+from ..processes import n_processes
 from ..speed import fast # noqa: F401  to_fast
 from ..speed.options import Speed, check_precision
 from ..training.callback import TRAINCallback
@@ -69,6 +72,8 @@ class Recipe:
     chunk:int = None # Images that the attack works on at a time
     compile:bool = None
     strict:bool = False # Passes through BatchNorm as in the official codes, see `TRAINCallback`
+    sync_bn:bool = False # Of several processes: BatchNorm over the images of all?
+    apart:bool = False # Of several processes: does each compare its own images only?
     def __post_init__(self):
         "Everything that can be checked is, before anything is loaded"
         self._check_numbers()
@@ -107,7 +112,7 @@ def _check_numbers(self:Recipe):
     if not -2**63 <= self.seed < 2**63: raise ValueError(f'seed={shown(self.seed)}: expected a whole number of at most 64 bits')
     if self.small_images not in (None, False, True):
         raise ValueError(f'small_images={shown(self.small_images)}: expected True, False or None')
-    check_flag('strict', self.strict)
+    for name in ('strict', 'sync_bn', 'apart'): check_flag(name, getattr(self, name))
     if self.drops is not None: object.__setattr__(self, 'drops', _checked_drops(self.drops))
 
 def _checked_drops(drops) -> tuple:
@@ -240,7 +245,7 @@ def recipe_callback(r:Recipe, method, dls, keep=None, model=None) -> TRAINCallba
     m = parse_method(method) if isinstance(method, str) else method
     with fork_rng(): # the random numbers of training stay those of the method without a standard model
         standard = recipe_standard(r, dls, m, keep, model) if m.needs_standard else None
-    return TRAINCallback(standard, attack=r.attack, lam=r.schedule, strict=r.strict, **m.callback_args())
+    return TRAINCallback(standard, attack=r.attack, lam=r.schedule, strict=r.strict, apart=r.apart, **m.callback_args())
 
 def recipe_learner(
     r:Recipe,
@@ -275,9 +280,10 @@ def monitor(learn) -> str: # Name of a column
     return learn.metrics[1].name if 'adv' in learn.train_cb.needs else 'accuracy'
 
 def recipe_fit(r:Recipe, learn, cbs=()):
-    "Train a recipe's learner: its drops, or one cycle"
-    if r.drops is None: return learn.fit_one_cycle(r.epochs, r.lr, cbs=cbs)
-    return learn.fit(r.epochs, r.lr, cbs=[MultiStep(r.lr, r.epochs, r.drops, warmup_lr=r.warmup_lr), *cbs])
+    "Train a recipe's learner, in all processes that there are: its drops, or one cycle"
+    with learn.distrib_ctx(sync_bn=r.sync_bn) if n_processes() > 1 else nullcontext():
+        if r.drops is None: return learn.fit_one_cycle(r.epochs, r.lr, cbs=cbs)
+        return learn.fit(r.epochs, r.lr, cbs=[MultiStep(r.lr, r.epochs, r.drops, warmup_lr=r.warmup_lr), *cbs])
 
 # %% ../../nbs/runs/recipe.ipynb #5d52765f
 def check_recipe(

@@ -23,6 +23,7 @@ from ..core import remove_unfinished, save_json, save_text
 from ..evaluation.record import read_record
 from ..models.backbone import load_weights
 from ..models.stored import stored_backbone
+from ..processes import n_processes
 from .recipe import Recipe, bound_to_length, check_recipe, make_recipe, recipe_dls
 from ..training.checkpoint import averaged_weights, read_state, standard_state
 from ..training.methods import Method, canonical, parse_method
@@ -94,7 +95,7 @@ def _recipe(settings):
     if missing := [name for name in _always_there if name not in settings]: raise ValueError(f'the recipe has no {", ".join(missing)}')
     return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k,v in settings.items()})
 
-_later = 'fast', 'channels_last', 'fold', 'chunk', 'compile', 'strict' # settings with a default that is as before
+_later = 'fast', 'channels_last', 'fold', 'chunk', 'compile', 'strict', 'sync_bn', 'apart' # settings with a default that is as before
 _always_there = [name for name in Recipe.__dataclass_fields__ if name not in _later] # since version 0.1
 
 def _methods(names):
@@ -189,7 +190,7 @@ def create(cls:Run,
     command:str=None # What was typed to have it
 ):
     "A run with nothing trained yet"
-    settings = dict(recipe=recipe or make_recipe(), methods=_methods(list(methods)), environment=environment(device))
+    settings = dict(recipe=recipe or make_recipe(), methods=_methods(list(methods)), environment=_surroundings(device))
     if attacks: settings['attacks'] = list(attacks)
     if command: settings['command'] = command
     run = cls(out, device, settings=settings)
@@ -200,6 +201,10 @@ def create(cls:Run,
         run._check_new() # another process may have been faster
         run.save()
     return run
+
+def _surroundings(device) -> dict:
+    "The environment, and how many processes there are if not one"
+    return environment(device) | (dict(processes=n_processes()) if n_processes() > 1 else {})
 
 @patch
 def save(self:Run):

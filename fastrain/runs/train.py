@@ -7,6 +7,7 @@ __all__ = ['History', 'train_method', 'train_run', 'start_run', 'resume_run']
 
 # %% ../../nbs/runs/train.ipynb #d82ae196
 import statistics, time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
 
 from ..core import fork_rng, save_json, save_text
+from ..processes import first_does, is_first, wait_for_all
 from .evaluate import assess, recipe_attacks, show_run
 from .recipe import Recipe, bound_to_length, given_settings, make_recipe, monitor, recipe_fit, recipe_learner
 from .run import Run, read_history
@@ -43,7 +45,7 @@ class History(Callback):
     def after_train(self): self.seconds.append(time.perf_counter() - self.start)
     def after_epoch(self):
         rows = history(self.learn).assign(seconds=self.seconds[:len(self.recorder.values)])
-        _save_rows(self.path, self.method, rows)
+        if is_first(): _save_rows(self.path, self.method, rows)
 
 def _save_rows(path, method:str, rows:pd.DataFrame):
     "Replace the rows of `method` in a CSV of all methods"
@@ -60,6 +62,7 @@ def train_method(run:Run, method:str, cbs=()):
     learn = recipe_learner(run.recipe, m, dls, cbs, keep=run.out/'checkpoints'/'warm.pt', speed=run.out/'speed.json')
     longer = not bound_to_length(run.recipe, [m])
     recipe_fit(run.recipe, learn, [Checkpoint(run.folder(method), monitor(learn), resume=True, longer=longer)])
+    wait_for_all() # the first has written the checkpoint that is read next
     return learn
 
 def _record(run, method, learn, attacks, command) -> dict:
@@ -73,8 +76,9 @@ def _record(run, method, learn, attacks, command) -> dict:
 # %% ../../nbs/runs/train.ipynb #c10c4002
 def _finish(run, attacks, command) -> list:
     "Do what is left of a run"
-    with run.lock():
-        _mend(run)
+    with ExitStack() as held:
+        first_does(lambda: held.enter_context(run.lock()))
+        first_does(lambda: _mend(run))
         _choose_speed(run)
         left = _time_left(run)
         for method in run.methods:
@@ -82,7 +86,7 @@ def _finish(run, attacks, command) -> list:
             print(f'\n{method} ({run.recipe.backbone}, {run.recipe.epochs} epochs)')
             learn = train_method(run, method, [left])
             _enter(run, _record(run, method, learn, attacks, command))
-        show_run(run, run.results, 'all')
+        first_does(lambda: show_run(run, run.results, 'all'))
     return run.results
 
 def _choose_speed(run):
@@ -115,7 +119,7 @@ def _enter(run, result):
     "A record into `results.json`, in the order of the methods"
     records = {r['method']: r for r in run.results} | {result['method']: result}
     run.results = [records[m] for m in run.methods if m in records]
-    save_json(run.out/'results.json', run.results)
+    if is_first(): save_json(run.out/'results.json', run.results)
 
 # %% ../../nbs/runs/train.ipynb #0503fa06
 _attacks = 'natural', 'pgd20'
@@ -131,7 +135,8 @@ def train_run(
     "Train and evaluate methods on the same data, weights and budget"
     recipe = recipe or make_recipe()
     attacks = recipe_attacks(recipe, attacks)
-    return _finish(Run.create(out, recipe, methods, device, attacks, command), attacks, command)
+    run = _opened(lambda: Run.create(out, recipe, methods, device, attacks, command), out, device)
+    return _finish(run, attacks, command)
 
 def start_run(out, recipe:Recipe=None, methods=('standard', 'at', 'at+train'), device=None) -> Run:
     "The folder of a run with its settings, and nothing trained yet; arguments as of `train_run`"
@@ -147,10 +152,20 @@ def resume_run(
 ) -> list: # A record per method, as in `results.json`
     "Do what is left of a run, and what is new in `methods`: nothing is trained or evaluated twice"
     settings = settings or {}
+    with ExitStack() as held:
+        run = _opened(lambda: _agreed(held, out, device, methods, attacks, settings), out, device, settings.get('path'))
+        left = recipe_attacks(run.recipe, attacks or run.settings.get('attacks', _attacks))
+        return _finish(run, left, command)
+
+def _agreed(held, out, device, methods, attacks, settings) -> Run:
+    "A run with what is new, locked as long as `held`"
     run = Run(out, device, settings.get('path'))
     given = recipe_attacks(run.recipe, attacks) if attacks else None
-    with run.lock():
-        run.agree(given_settings(**settings), given)
-        run.add(methods)
-        left = given or recipe_attacks(run.recipe, run.settings.get('attacks', _attacks))
-        return _finish(run, left, command)
+    held.enter_context(run.lock())
+    run.agree(given_settings(**settings), given)
+    return run.add(methods)
+
+def _opened(make, *of_run) -> Run:
+    "The run that the first process makes or brings up to date; the others open it then"
+    run = first_does(make)
+    return run or Run(*of_run)

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from ..attacks.pgd import PGD
 from ..core import environment, eval_mode, fork_rng, peek_batch, read_json, save_json, upcast
+from ..processes import first_does, from_first
 from .options import Speed
 from .replica import current, find_pairs, make_replica
 
@@ -247,12 +248,7 @@ def to_fast(self:Learner,
     fixed = {k: v for k,v in fixed.items() if v is not None}
     Speed(**fixed)
     trial = _trial(self, fixed)
-    found = _kept(keep, trial)
-    if found: print(f'Computing as measured before: {Speed(**found["chosen"])}')
-    else:
-        found = dict(_about(trial), **choose(trial, seconds))
-        print(f'Measured on this machine, {found["machine"]["device"]}:\n{choice_text(found)}')
-        if keep: save_json(keep, found)
+    found = from_first(first_does(lambda: _measured(trial, keep, seconds)))
     self.to_speed(Speed(**found['chosen']))
     _attacker(self).measured = True
     return self
@@ -263,6 +259,16 @@ def _attacker(learn):
     for cb in learn.cbs:
         if hasattr(type(cb), 'speed'): return cb
     raise ValueError('to_fast times adversarial training: give the learner its TRAINCallback first, `Learner(..., cbs=TRAINCallback(...))`')
+
+def _measured(trial, keep, seconds) -> dict:
+    "What is found, now or before"
+    found = _kept(keep, trial)
+    if found: print(f'Computing as measured before: {Speed(**found["chosen"])}')
+    else:
+        found = dict(_about(trial), **choose(trial, seconds))
+        print(f'Measured on this machine, {found["machine"]["device"]}:\n{choice_text(found)}')
+        if keep: save_json(keep, found)
+    return found
 
 def _trial(learn, fixed) -> Trial:
     cb = _attacker(learn)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..core import get_rng_state, load_tensors, save_tensors, set_rng_state, shown
 from ..models.backbone import load_weights
+from ..processes import from_first, gather_objects, is_first, n_processes, process
 
 # %% ../../nbs/training/checkpoint.ipynb #73a54083
 _version = 2
@@ -149,8 +150,8 @@ class Checkpoint(TrackerCallback):
             raise ValueError(f'monitor={self.monitor!r} is no column of this run; choose one of {", ".join(columns)}')
         super().before_fit()
         self._training = _training(self.learn)
-        if self.resuming: self._restore()
-        elif self.last.exists() and not self._mine:
+        if from_first(self.resuming): self._restore()
+        elif from_first(self.last.exists()) and not self._mine:
             raise FileExistsError(f'{self.last} exists: pass resume=True to continue that run, or choose another folder')
         self._mine = True
 
@@ -163,16 +164,17 @@ def after_epoch(self:Checkpoint):
     TrackerCallback.after_epoch(self)
     state = self.state()
     if self.new_best: self._save_best(state) # first, as a run goes on from `last.pt`
-    save_tensors(self.last, state)
+    if is_first(): save_tensors(self.last, state)
 
 @patch
-def _save_best(self:Checkpoint, state): save_tensors(self.best_path, {k: state[k] for k in _of_best})
+def _save_best(self:Checkpoint, state):
+    if is_first(): save_tensors(self.best_path, {k: state[k] for k in _of_best})
 
 @patch
 def state(self:Checkpoint) -> dict:
     "Everything that the next epoch depends on"
     learn,rec = self.learn,self.recorder
-    model = get_model(learn.model)
+    model,rngs = get_model(learn.model),gather_objects(get_rng_state())
     return dict(
         version=_version, epoch=self.epoch + 1, n_epoch=self.n_epoch, train_iter=self.train_iter, best=self.best,
         settings=getattr(model, 'settings', None), model=model.state_dict(), opt=learn.opt.state_dict(),
@@ -181,7 +183,7 @@ def state(self:Checkpoint) -> dict:
         trackers={cb.name: _tracked(cb) for cb in _trackers(learn, self)},
         columns=list(rec.metric_names), values=[list(v) for v in rec.values],
         smooth_loss=(rec.smooth_loss.count, rec.smooth_loss.val),
-        rng=get_rng_state(), dl_rng=[dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in learn.dls.loaders])
+        rng=rngs[0], rng_of_others=rngs[1:], dl_rng=[dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in learn.dls.loaders])
 
 def _stateful(learn): # asked of the type, as a callback passes on what it lacks to the model
     return [cb for cb in learn.cbs if hasattr(type(cb), 'load_state_dict')]
@@ -202,9 +204,18 @@ def _restore(self:Checkpoint):
     for cb in _stateful(self.learn):
         if cb.name in state['callbacks']: cb.load_state_dict(state['callbacks'][cb.name])
     load_weights(model, state['model'])
+    self._compare_processes(1 + len(state.get('rng_of_others', [])))
     for cb in _trackers(self.learn, self): cb.run = False # they have seen the epochs that are skipped
     self._skip,self.best = state['epoch'],state['best']
     self._mend_best(state)
+
+@patch
+def _compare_processes(self:Checkpoint, n):
+    "A note if the batches are others from here on"
+    if n == n_processes() or not is_first(): return
+    bs = getattr(self.learn.dls.train, 'bs', None) or 1
+    warnings.warn(f'{self.last} is of a training by {n} processes, and {n_processes()} will go on with it: '
+                  f'batches of {bs*n_processes()} images instead of {bs*n}, and other random numbers. It will end otherwise than it would have')
 
 @patch
 def _restore_opt(self:Checkpoint, state):
@@ -287,4 +298,5 @@ def _track_on(cb, tracked):
 def _restore_generators(dls, state):
     for dl,rng in zip(dls.loaders, state['dl_rng']):
         if hasattr(dl, 'rng') and rng: dl.rng.setstate(rng)
-    set_rng_state(state['rng'])
+    rngs = [state['rng'], *state.get('rng_of_others', [])]
+    if process() < len(rngs): set_rng_state(rngs[process()])
