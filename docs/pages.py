@@ -14,7 +14,7 @@ root = docs.parent
 proc = root/'_proc' # where nbdev leaves its pages
 
 wings = dict( # in the order in which they are read; a folder that is not named here stands at the end
-    names='Names as users type them', core='What everything stands on', data='Images', models='Networks', attacks='The adversary',
+    names='Names as users type them', core='What everything stands on', processes='Several processes', data='Images', models='Networks', attacks='The adversary',
     pieces='Pieces of methods', speed='Speed', training='Training', evaluation='Evaluation', runs='Runs, pictures and reports', cli='Command line')
 lessons = dict(learn='Learn', method='The method') # folders of notebooks that are no modules; those in no folder belong to the first
 reading_order = ( # of lessons; others follow by name

@@ -262,6 +262,7 @@ _groups = dict(
         'the standard model, and what relates both': 'standard warmup lam lam_schedule',
         'optimizer': 'bs lr drops wd profile',
         'speed': 'fast precision channels_last fold chunk compile',
+        'several processes (accelerate launch, torchrun)': 'sync_bn apart',
         'images': 'holdout n_train n_test img_size path'},
     evaluate={
         'what to evaluate': 'attacks n eps pictures method which out device',

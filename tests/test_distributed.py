@@ -76,13 +76,14 @@ def by_pixels(x, eps, norm, clip):
 def train(n, bs, name, perturb='awp:warmup=0', **kwargs):
     "Weights, losses and columns after three steps on the same images"
     dls = digit_dls(48, bs, double=True, shuffle=False, n_valid=24)
-    loss = CrossEntropyLossFlat(weight=torch.linspace(.5, 2, 10).double()) if name in ('at', 'mart') else CrossEntropyLossFlat()
+    loss = CrossEntropyLossFlat(weight=torch.linspace(.5, 2, 10)) if name in ('at', 'mart') else CrossEntropyLossFlat()
     cb = TRAINCallback(net(2, bn=False).double(), attack=quick(start=by_pixels), perturb=perturb, average='ema', **methods[name], **kwargs)
     learn = Learner(dls, net(1, bn=False).double(), loss, opt_func=SGD, cbs=cb, metrics=[accuracy, RobustAccuracy(quick(), n=11)])
     with learn.distrib_ctx(sync_bn=False) if n > 1 else nullcontext(): quietly(learn, 1, .1)
     names,values = learn.recorder.metric_names[1:-1],learn.recorder.values[-1]
+    varies = {'pgd2_accuracy', 'valid_loss'} # by random starts; by the weights of the classes in a part of a batch, in fastai's mean of means
     return dict(model=snapshot(learn.model), standard=snapshot(cb.standard_learner.model), ema=snapshot(cb.average.model),
-                losses=torch.stack(learn.recorder.losses), columns={n: v for n,v in zip(names, values) if n != 'pgd2_accuracy'})
+                losses=torch.stack(learn.recorder.losses), columns={n: v for n,v in zip(names, values) if n not in varies})
 
 def train_all(n, names): return {name: train(n, 16//n, name) for name in names}
 

@@ -29,6 +29,7 @@ BAD = dict(
         holdout=[*NUMBER, '1e9'], n_train=[*COUNT, '0', '1000000'], n_test=[*COUNT, '0', '1000000'],
         img_size=[*COUNT, '0', '1', '100000'], path=['nowhere', '', LONG], profile=NAME, precision=[*NAME, 'fp8'], device=NAME, seed=SEED,
         fast=['=maybe'], channels_last=['=maybe'], fold=['=maybe'], chunk=[*COUNT, '0'], compile=['=maybe'],
+        sync_bn=['=maybe'], apart=['=maybe'],
         attacks=ATTACKS, load=FILES, resume=['=maybe']),
     evaluate=dict(
         run=NAME, attacks=ATTACKS, n=[*COUNT, '0', '1000000'], eps=[*SIZE, '255', '1/255,,2/255'], images=['=maybe'], rescore=['=maybe'],

@@ -215,7 +215,7 @@ def _compare_processes(self:Checkpoint, n):
     if n == n_processes() or not is_first(): return
     bs = getattr(self.learn.dls.train, 'bs', None) or 1
     warnings.warn(f'{self.last} is of a training by {n} processes, and {n_processes()} will go on with it: '
-                  f'batches of {bs*n_processes()} images instead of {bs*n}, and other random numbers. It will end otherwise than it would have')
+                  f'batches of {bs*n_processes()} images instead of {bs*n}, and other random numbers: it will end otherwise')
 
 @patch
 def _restore_opt(self:Checkpoint, state):
