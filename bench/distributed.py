@@ -10,7 +10,7 @@ from fastrain.core import environment, save_json
 from fastrain.models.backbone import create_backbone
 
 def measure(backbone, standard, bs, method, steps, repeats, img_size):
-    "Seconds of each training step of this process, and the bytes of what it averages and gathers in a step"
+    "Seconds of each training step of this process, by the clock and of the processor, and the bytes of what it averages and gathers in a step"
     import fastai.distributed # noqa: F401  distrib_ctx
     from fastai.callback.core import Callback, CancelFitException
     from fastrain.attacks.pgd import PGD
@@ -21,8 +21,8 @@ def measure(backbone, standard, bs, method, steps, repeats, img_size):
         order = -10
         def before_fit(self): self.seconds,self.sent,self.begun = [],[],None
         def before_batch(self):
-            now = time.perf_counter()
-            if self.begun is not None: self.seconds.append(now - self.begun)
+            now = time.perf_counter(),time.process_time()
+            if self.begun is not None: self.seconds.append([b - a for a,b in zip(self.begun, now)])
             if len(self.seconds) > repeats: raise CancelFitException
             self.begun,sent[:] = now,[]
         def after_batch(self): self.sent.append(sum(sent))
@@ -89,20 +89,22 @@ def main(
     for _ in range(turns):
         for n in counts: found[n].append(run(n, args))
     rows = [row(n, found[n], bs) for n in counts]
-    for r in rows: r['efficiency'] = r['images_per_second']/(r['processes']*rows[0]['images_per_second'])
+    for r in rows: r['efficiency'],r['efficiency_of_processor'] = (rows[0][k]/r[k] for k in ('fastest', 'processor_seconds'))
     n_wide = sum(p.numel() for name in ('wide_resnet34_10', 'resnet18') for p in create_backbone(name, 10).parameters())
-    record = dict(settings=dict(options, turns=turns), environment=environment('cpu'), cores=os.cpu_count(), rows=rows,
+    record = dict(settings=dict(options, turns=turns), environment=environment('cpu'), cores=os.cpu_count(),
+                  load=os.getloadavg()[0], rows=rows,
                   paper=dict(on_paper(n_wide, 8), models='wide_resnet34_10 and resnet18'))
     print(json.dumps(record, indent=1))
     if result: save_json(result, record)
 
 def row(n, found, bs):
-    "Median over all timed steps, and bytes against theory"
-    seconds = statistics.median(s for f in found for s in f['seconds'])
+    "Over all timed steps, and bytes against theory"
+    steps = [step for f in found for step in f['seconds']]
+    fastest = min(clock for clock,_ in steps) # the one that other work on the machine has disturbed least
     gradients = 4*(found[0]['parameters'] + found[0]['buffers'])*(n > 1)
-    fastest = min(s for f in found for s in f['seconds']) # the one that other work on the machine has disturbed least
-    return dict(processes=n, seconds=seconds, fastest=fastest, all_seconds=[s for f in found for s in f['seconds']],
-                images_per_second=n*bs/fastest, bytes_per_step=found[0]['bytes'], bytes_of_gradients_and_statistics=gradients)
+    return dict(processes=n, seconds=statistics.median(clock for clock,_ in steps), fastest=fastest, images_per_second=n*bs/fastest,
+                processor_seconds=statistics.median(cpu for _,cpu in steps), steps=steps,
+                bytes_per_step=found[0]['bytes'], bytes_of_gradients_and_statistics=gradients)
 
 if __name__ == '__main__':
     args = vars(anno_parser(main, prog='distributed.py').parse_args())

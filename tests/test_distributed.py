@@ -1,7 +1,9 @@
 "Several processes train and evaluate as one does: gloo on the CPU, one thread each"
-import io, multiprocessing, os, shutil, socket, time, warnings
+import io, multiprocessing, os, shutil, signal, socket, subprocess, sys, time, warnings
 from contextlib import nullcontext
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from fastai.learner import Learner
@@ -81,7 +83,7 @@ def train(n, bs, name, perturb='awp:warmup=0', **kwargs):
     learn = Learner(dls, net(1, bn=False).double(), loss, opt_func=SGD, cbs=cb, metrics=[accuracy, RobustAccuracy(quick(), n=11)])
     with learn.distrib_ctx(sync_bn=False) if n > 1 else nullcontext(): quietly(learn, 1, .1)
     names,values = learn.recorder.metric_names[1:-1],learn.recorder.values[-1]
-    varies = {'pgd2_accuracy', 'valid_loss'} # by random starts; by the weights of the classes in a part of a batch, in fastai's mean of means
+    varies = {'pgd2_accuracy', 'valid_loss'} # by random starts; by class weights, in fastai's mean of the means of parts
     return dict(model=snapshot(learn.model), standard=snapshot(cb.standard_learner.model), ema=snapshot(cb.average.model),
                 losses=torch.stack(learn.recorder.losses), columns={n: v for n,v in zip(names, values) if n not in varies})
 
@@ -221,3 +223,37 @@ def test_what_processes_tell_each_other():
     first,second = together(2, _talk)
     assert first == dict(first=0, all=[0, 1], rows=[1, 1, 2, 2], failed="ValueError('not here')", is_first=True)
     assert second == dict(first, failed='SystemExit(1)', is_first=False)
+
+# As it is typed
+
+accelerate = ['accelerate.commands.launch', '--multi_gpu', '--num_processes=2', '--num_machines=1', '--mixed_precision=no', '--dynamo_backend=no']
+torchrun = ['torch.distributed.run', '--nproc-per-node=2']
+
+def typed(launcher, *words):
+    "The process of a launcher, whose output is a pipe"
+    ports = dict(zip((accelerate[0], torchrun[0]), ('--main_process_port', '--master-port')))
+    command = [sys.executable, '-m', *launcher, f'{ports[launcher[0]]}={free_port()}', '-m', 'fastrain', *map(str, words), '--device', 'cpu']
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+def lasting(out, process):
+    "Wait for the first checkpoint of a run, and kill a process that the launcher has started"
+    while not list(out.glob('checkpoints/*/last.pt')): assert process.poll() is None, process.stdout.read()
+    workers = [int(p) for p in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+    os.kill(workers[-1], signal.SIGKILL)
+
+@pytest.mark.slow
+def test_as_it_is_typed(tmp_path):
+    out = tmp_path/'run'
+    options = '--epochs 40 --steps 1 --n-train 64 --n-test 20 --bs 8 --attacks natural --method at'.split()
+    killed = typed(torchrun, 'train', '--out', out, *options)
+    lasting(out, killed)
+    said = killed.communicate(timeout=60)[0]
+    assert killed.returncode and ('another of the 2 processes has ended' in said or 'stopped by the launcher' in said), said
+    going_on = typed(accelerate, 'train', '--out', out, *options, '--resume')
+    said = going_on.communicate(timeout=300)[0]
+    assert not going_on.returncode, said
+    assert said.count('Attack by attack') == 1 and said.count('More in') == 1, said
+    assert len(pd.read_csv(out/'history.csv')) == 40 and len(list(out.glob('checkpoints/*/last.pt'))) == 1
+    parts = typed(torchrun, 'evaluate', out, '--attacks', 'natural,pgd2', '--which', 'last')
+    assert parts.communicate(timeout=300)[0].count('PGD-2 ') == 1 and not parts.returncode
