@@ -10,7 +10,7 @@ from fastrain.core import environment, save_json
 from fastrain.models.backbone import create_backbone
 
 def measure(backbone, standard, bs, method, steps, repeats, img_size):
-    "Seconds of each training step of this process, by the clock and of the processor, and the bytes of what it averages and gathers in a step"
+    "Seconds of each training step of this process, by the clock and of the processor, and the bytes that it sends in a step"
     import fastai.distributed # noqa: F401  distrib_ctx
     from fastai.callback.core import Callback, CancelFitException
     from fastrain.attacks.pgd import PGD

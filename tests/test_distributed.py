@@ -226,13 +226,14 @@ def test_what_processes_tell_each_other():
 
 # As it is typed
 
-accelerate = ['accelerate.commands.launch', '--multi_gpu', '--num_processes=2', '--num_machines=1', '--mixed_precision=no', '--dynamo_backend=no']
+accelerate = ['accelerate.commands.launch', '--multi_gpu', '--num_processes=2', # the way of several processes, with or without GPUs
+              '--num_machines=1', '--mixed_precision=no', '--dynamo_backend=no']
 torchrun = ['torch.distributed.run', '--nproc-per-node=2']
 
 def typed(launcher, *words):
     "The process of a launcher, whose output is a pipe"
-    ports = dict(zip((accelerate[0], torchrun[0]), ('--main_process_port', '--master-port')))
-    command = [sys.executable, '-m', *launcher, f'{ports[launcher[0]]}={free_port()}', '-m', 'fastrain', *map(str, words), '--device', 'cpu']
+    port = f'{"--master-port" if launcher is torchrun else "--main_process_port"}={free_port()}'
+    command = [sys.executable, '-m', *launcher, port, '-m', 'fastrain', *map(str, words), '--device', 'cpu']
     env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
