@@ -190,6 +190,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastrain.cli._heading': ('cli.html#_heading', 'fastrain/cli.py'),
                               'fastrain.cli._in_groups': ('cli.html#_in_groups', 'fastrain/cli.py'),
                               'fastrain.cli._is_importing': ('cli.html#_is_importing', 'fastrain/cli.py'),
+                              'fastrain.cli._is_launched': ('cli.html#_is_launched', 'fastrain/cli.py'),
                               'fastrain.cli._items': ('cli.html#_items', 'fastrain/cli.py'),
                               'fastrain.cli._lacks_memory': ('cli.html#_lacks_memory', 'fastrain/cli.py'),
                               'fastrain.cli._last_words': ('cli.html#_last_words', 'fastrain/cli.py'),

@@ -380,7 +380,7 @@ def _run(argv):
     if argv[0] == '--version': return print(_version())
     command = lookup(argv[0], _commands, 'command')
     with _silent(sys.stderr) if _number() else nullcontext(): positional,options = _arguments(argv[0], argv[1:])
-    if _number() and command not in (train, evaluate): return
+    if _number() and command not in (train, evaluate): return # one is enough
     with warnings.catch_warnings():
         for text in _for_others: warnings.filterwarnings('ignore', text)
         from fastrain.training.progress import plain_output
@@ -401,13 +401,15 @@ def _version():
 
 # %% ../nbs/cli.ipynb #2140a5ca
 def _number() -> int:
-    "Which of the processes of a launcher is this?"
-    return int(os.environ.get('RANK', 0))
+    "Which of the processes of a launcher is this? 0 without one"
+    return int(os.environ.get('RANK', 0)) if _is_launched() else 0
+
+def _is_launched() -> bool: return int(os.environ.get('WORLD_SIZE', 1)) > 1
 
 @contextmanager
 def _one_of_several(device):
     "Inside the `with`, the processes of a launcher work together, and the first one speaks"
-    if int(os.environ.get('WORLD_SIZE', 1)) < 2: yield
+    if not _is_launched(): yield
     else:
         from fastrain.processes import joined
         signal.signal(signal.SIGTERM, _stopped)

@@ -362,7 +362,7 @@ BAD_SETTINGS = dict(
     norm=['l3', 5], lam=[-1, NAN, INF], lam_schedule=['x', 5], warmup=[-1, .5], eval_eps=[255, 0, NAN], eval_alpha=[9, 0],
     holdout=[-.5, NAN], n_train=[0, -1, .5], n_test=[0], n_valid=[0, NAN], img_size=[0, 4, 10**6], small_images=[5, 'no'],
     seed=[2**64, -2**70, 1.5, '1', 10**5000], precision=['fp8', 5], fast=['x', 5], channels_last=['x', 5], fold=['x', 5],
-    chunk=[0, -1, 1.5, 'x', True], compile=['x', 5], strict=['x', 5, None])
+    chunk=[0, -1, 1.5, 'x', True], compile=['x', 5], strict=['x', 5, None], sync_bn=['x', 5, None], apart=['x', 5, None])
 
 def test_all_settings_are_tried():
     from fastrain.runs.recipe import Recipe
