@@ -99,7 +99,7 @@ def average(
 ):
     "The mean over all processes, in one message for each type"
     if n_processes() == 1: return
-    for dtype in {t.dtype for t in tensors}: _average([t for t in tensors if t.dtype == dtype])
+    for dtype in dict.fromkeys(t.dtype for t in tensors): _average([t for t in tensors if t.dtype == dtype]) # in one order everywhere
 
 def _average(tensors):
     flat = torch.cat([t.detach().flatten() for t in tensors])
@@ -117,7 +117,10 @@ def spread(
 ):
     "The first process's values, in all"
     if n_processes() == 1: return
-    for t in tensors: distributed.broadcast(t.detach(), 0)
+    for t in tensors:
+        sent = t.detach().contiguous() # a copy of what has the channels last
+        distributed.broadcast(sent, 0)
+        t.detach().copy_(sent)
 
 class _Rows(torch.autograd.Function):
     "The rows of all processes; a row's gradient is the sum of what all say about it"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.channelslast import ChannelsLast
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -114,7 +115,7 @@ def _strategies():
     found = {}
     for name,strategy in dict(las=LAS(net=net(3, n_classes=37), interval=1), fat=FAT(breaks=(0,))).items():
         cb = TRAINCallback(net(2), attack=quick(), strategy=strategy, perturb='awp', average='ema')
-        learn = make_learner(digit_dls(32, 8), net(1), cb)
+        learn = make_learner(digit_dls(32, 8), net(1), [cb, ChannelsLast()])
         with learn.distrib_ctx(sync_bn=False): quietly(learn, 1, .1)
         found[name] = dict(model=snapshot(learn.model), standard=snapshot(cb.standard_learner.model),
                            ema=snapshot(cb.average.model), strategy=snapshot(strategy._net) if name == 'las' else {})

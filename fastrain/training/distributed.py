@@ -12,6 +12,7 @@ from itertools import cycle, islice
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientClip
 from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.learner import noop # fastai's own: `no_logging` is told by it
 from fastai.torch_core import apply, find_bs
@@ -191,6 +192,6 @@ def _of_images(self:Together, v) -> tuple:
 # %% ../../nbs/training/distributed.ipynb #24b38710
 class AverageGradients(Callback):
     "For a learner without `TRAINCallback`, such as the standard model's while it trains alone"
-    order = -10 # before a gradient is clipped
+    order = GradientClip.order-10 # before a gradient is unscaled or clipped
     def __init__(self, together:Together): self.together = together
     def before_step(self): self.together.average([self.learn.model])
