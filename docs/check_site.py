@@ -184,6 +184,7 @@ def every_page(reader, width):
         reader.look()
 
 def screenshots(reader, folder):
+    "Each kind of page, wide and narrow, light and dark"
     folder.mkdir(parents=True, exist_ok=True)
     for width in (1300, 400):
         reader.width(width)
@@ -191,11 +192,9 @@ def screenshots(reader, folder):
             reader.open(page)
             reader.formulas()
             if kind == 'search': time.sleep(2)
-            reader.picture(folder/f'{kind}-{width}.png')
-    for kind in ('first', 'module', 'results'): # and in the dark
-        reader.open(kinds[kind])
-        reader.b.execute_script('document.documentElement.dataset.mode = document.documentElement.dataset.theme = "dark"')
-        reader.picture(folder/f'{kind}-dark.png')
+            for mode in ('light', 'dark'):
+                reader.b.execute_script(f'document.documentElement.dataset.mode = document.documentElement.dataset.theme = "{mode}"')
+                reader.picture(folder/f'{kind}-{width}-{mode}.png')
 
 
 def look_at_report(file):
