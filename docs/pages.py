@@ -237,7 +237,7 @@ def reference_page(groups):
     cards = []
     for f,ps in groups.items():
         link = f'/{f}' if alone(f, ps) else f'/{f}/index'
-        body = sentence(f) if alone(f, ps) else f'{sentence(f)}\n+++\n' + ', '.join(p.title for p in ps)
+        body = sentence(f) if alone(f, ps) else f'{sentence(f)}\n\n*' + ', '.join(p.title for p in ps) + '*'
         cards.append(f':::{{grid-item-card}} {f}\n:link: {link}\n:link-type: doc\n\n{body}\n:::')
     text = (docs/'reference.md').read_text(encoding='utf-8')
     entries = ['names', 'commands', 'pieces', 'files', *(entry(f, ps) for f,ps in groups.items())]
