@@ -282,7 +282,8 @@ def pieces_page():
     for family in Registered.__subclasses__():
         pieces = {k: c for k,c in family.registry.items() if c.__module__.startswith('fastrain.')}
         if not pieces or not any(getattr(c, 'paper', '') for c in pieces.values()): continue
-        lines += [f'## {family.__name__}', '', first_line(family), '', '| name | what it does | source | time |', '| --- | --- | --- | --: |']
+        title = re.sub(r'(?<=[a-z])(?=[A-Z])', ' ', family.__name__).capitalize() # RobustLoss → Robust loss
+        lines += [f'## {title}', '', first_line(family), '', '| name | what it does | source | time |', '| --- | --- | --- | --: |']
         for key,c in pieces.items():
             guess = f' *Approximate: {cell(c.approximate)}.*' if getattr(c, 'approximate', '') else ''
             name = f'{{py:obj}}`{key} <{c.__module__}.{c.__qualname__}>`'
