@@ -230,7 +230,7 @@ def wing_page(folder, pages):
     return '\n'.join([*head, *rows, '', toctree([f'{p.title} </{p.name}>' for p in pages])])
 
 def sentence(folder):
-    words = wings().get(folder, '')
+    words = wings().get(folder, f'the modules of {folder}')
     return words[:1].upper() + words[1:]
 
 def reference_page(groups):
