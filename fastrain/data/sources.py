@@ -134,9 +134,14 @@ def _check_classes(part, names, vocab, path):
     extra = sorted({*names} - {*vocab})
     missing = sorted({*vocab} - {*names})
     if extra:
-        raise ValueError(f'The {part} part of {path} has the classes {extra[:5]}, '
-                         f'which are not among those of the training set: {vocab[:5]}...')
-    if missing: raise ValueError(f'The {part} part of {path} has no images of the classes {missing[:5]}')
+        raise ValueError(f'The {part} part of {path} has folders of classes that the training set lacks: {_first_few(extra)}. '
+                         f'There are {_first_few(vocab)}: name folders alike in all parts')
+    if missing:
+        raise ValueError(f'The {part} part of {path} has no images of these classes: {_first_few(missing)}. '
+                         'Put some there, or take the classes out of the other parts')
+
+def _first_few(names):
+    return ', '.join(map(str, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
 
 # %% ../../nbs/data/sources.ipynb #01df1c06
 _SMALL_SIDE = 64 # Images up to this side are decoded once and kept

@@ -129,7 +129,9 @@ def _check_name(name, pretrained=False):
         raise ValueError(f'backbone {name!r} is on the network: name an architecture of timm, or get it in Python with pretrained=True')
     if '/' in name or name.endswith(_weights_end): _refuse_file(name)
     architecture = name.partition('.')[0]
-    if not timm.is_model(architecture): lookup(architecture, timm.list_models(), 'backbone')
+    if timm.is_model(architecture): return
+    if Path(name).exists(): _refuse_file(name)
+    lookup(architecture, timm.list_models(), 'backbone')
 
 def _refuse_file(name):
     if Path(name).exists(): raise ValueError(f'{name} is neither an architecture of timm nor a run')

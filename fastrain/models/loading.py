@@ -57,9 +57,10 @@ def load_weights(
     source, # Path of a checkpoint, or the loaded dictionary
 ):
     "Load a checkpoint into `model`, whatever its wrapping; a `ValueError` names what does not fit"
-    name = 'the state dict' if isinstance(source, Mapping) else str(source)
-    want = model.state_dict()
-    try: state = clean_state_dict(source if isinstance(source, Mapping) else load_tensors(source), want)
+    given = isinstance(source, Mapping)
+    name = 'the state dict' if given else str(source)
+    want,state = model.state_dict(),source if given else load_tensors(source)
+    try: state = clean_state_dict(state, want)
     except ValueError as e: raise ValueError(f'Cannot load {name}: {e}') from e
     # Weights of a bare net for a model that wraps that net as `net`
     if _all_start(want, 'net.') and not _all_start(state, 'net.'): state = {f'net.{k}': v for k,v in state.items()}
