@@ -190,7 +190,8 @@ def test_compare_what_is_not_there(run, tmp_path):
     table.write_text('x\n')
     with pytest.raises(ValueError, match='per_image.csv is damaged'): compare_runs([run], tmp_path/'out')
     table.unlink()
-    with pytest.raises(FileNotFoundError, match='no results by image for at: evaluate it, fastrain evaluate'): compare_runs([run], tmp_path/'out')
+    with pytest.raises(FileNotFoundError, match='no results by image for at: evaluate it, fastrain evaluate'):
+        compare_runs([run], tmp_path/'out')
     saved = json.loads((run/'results.json').read_text())
     for r in saved: r['best'] = r.pop('last')
     (run/'results.json').write_text(json.dumps(saved))

@@ -426,7 +426,8 @@ def test_no_evaluation_into_the_folder_of_a_run(tmp_path):
 
 def test_model_for_images_of_another_size():
     model = nn.Sequential(nn.Flatten(), nn.Linear(5, 10))
-    with pytest.raises(RuntimeError, match=r'^The model cannot take images of shape \(\d+, 3, \d+, \d+\): .*mat1'): evaluate(model, digit_dls())
+    with pytest.raises(RuntimeError, match=r'^The model cannot take images of shape \(\d+, 3, \d+, \d+\): .*mat1'):
+        evaluate(model, digit_dls())
 
 def test_size_of_the_support_is_named():
     for n,match in ((0, 'n_support=0: expected'), (10**6, 'n_support=1000000, but there are only')):

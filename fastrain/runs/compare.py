@@ -290,7 +290,8 @@ def compare_runs(
     _check_folder(out)
     runs = _each_once(runs)
     measured = _measured(runs)
-    if not measured: raise ValueError(f'{", ".join(_names_of(runs))}: nothing was evaluated after the last epoch. Use fastrain evaluate first')
+    if not measured:
+        raise ValueError(f'{", ".join(_names_of(runs))}: nothing was evaluated after the last epoch. Use fastrain evaluate first')
     _check_repetitions(measured)
     figures = _figures(measured)
     tests = _all_tests(runs, against)
