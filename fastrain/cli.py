@@ -154,7 +154,8 @@ def evaluate(
     eps:str=None, # Size of the perturbation in pixel units of [0,1], or several: 2/255,4/255,8/255 (default: that of the run, or 8/255)
     images:bool=False, # Keep the adversarial images
     rescore:bool=False, # Only score the kept images again, and compare with the table
-    # Draw these, comma-separated: curves, relation, tradeoff, eps, topology, strength, tsne, images; or all
+    # Draw these, comma-separated: curves, relation, tradeoff, eps, steps, stages, confusion, classes, margins,
+    # top_losses, images, topology, strength, tsne; or all
     # (default: none for a run, which has those of training already)
     pictures:str=None,
     method:str=None, # Of a run, only these methods, comma-separated

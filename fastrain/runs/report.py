@@ -289,7 +289,7 @@ def _accuracy_section(title, results, eps, folded=False) -> ReportSection:
     parts = [ReportSection('Notes', _notes_text(results, which))]
     if rest is not None:
         sizes = _sizes_text(_at_size(records, eps, other=True))
-        parts.append(ReportSection('Other sizes of ε', _joined(f'{sizes}.', markdown_table(rest)), folded=True))
+        parts.append(ReportSection('Other sizes of ε', _joined(sizes and f'{sizes}.', markdown_table(rest)), folded=True))
     return ReportSection(title, text, parts, folded)
 
 def _numbers_text(records) -> str:
