@@ -245,18 +245,26 @@ def _shared_images(dl):
         yield Finding('shared images', f'{shared} of {len(test.rows)} test images are in the training set, too, byte for byte: '
                                        'what was learnt by heart counts as right. Take them out of one of both')
 
-def _pixels(*dls) -> list: # A list for each
-    rows = [dl.images.x[dl.rows.to(dl.images.x.device)].cpu().numpy() for dl in dls]
-    return [[hash(pixels.tobytes()) for pixels in of_dl] for of_dl in rows]
+def _pixels(train, test) -> tuple: # A list for each
+    return _hashed_pixels(train),_hashed_pixels(test)
 
-def _files(*dls) -> list:
-    "Only files of sizes that all sets have, and nothing if they are too many to be read"
-    files = [[Path(dl.images.files[i]) for i in dl.rows.tolist()] for dl in dls]
-    sizes = [[f.stat().st_size for f in fs] for fs in files]
-    common = set.intersection(*map(set, sizes))
-    alike = [[f for f,size in zip(fs, of) if size in common] for fs,of in zip(files, sizes)]
-    if sum(map(len, alike)) > _MOST_FILES: return [[] for _ in dls]
-    return [[hash(f.read_bytes()) for f in fs] for fs in alike]
+def _hashed_pixels(dl) -> list:
+    rows = dl.rows.to(dl.images.x.device)
+    return [hash(pixels.tobytes()) for pixels in dl.images.x[rows].cpu().numpy()]
+
+def _files(train, test) -> tuple: # A list for each
+    "Only files of sizes that both sets have, and nothing if they are too many to be read"
+    sizes = _file_sizes(train),_file_sizes(test)
+    common = {*sizes[0].values()} & {*sizes[1].values()}
+    alike = [[file for file,size in of.items() if size in common] for of in sizes]
+    if sum(map(len, alike)) > _MOST_FILES: return [],[]
+    return _hashed_files(alike[0]),_hashed_files(alike[1])
+
+def _file_sizes(dl) -> dict:
+    files = [Path(dl.images.files[i]) for i in dl.rows.tolist()]
+    return {file: file.stat().st_size for file in files}
+
+def _hashed_files(files) -> list: return [hash(file.read_bytes()) for file in files]
 
 _MOST_FILES = 5000
 

@@ -258,9 +258,13 @@ def methods_text(
     if key is not None:
         lookup(key, [p['key'] for p in pieces], 'method')
         return '\n'.join(_entry(p, True) for p in pieces if p['key'] == key)
-    parts = [_about[name] + ':\n' + '\n'.join(_entry(p) for p in pieces if p['family'] == name) for name in piece_families]
+    parts = [_family_text(name, pieces) for name in piece_families]
     rows = '\n'.join(f'  {row:13} {stands_for}' for row,stands_for in table_rows.items())
     return '\n\n'.join(parts) + '\n' + _how_to_join + '\n' + rows
+
+def _family_text(name, pieces):
+    entries = [_entry(p) for p in pieces if p['family'] == name]
+    return '\n'.join([f'{_about[name]}:', *entries])
 
 def _entry(p, full=False):
     "A piece with its source and its parameters, which are explained in the full form"
