@@ -109,7 +109,7 @@ def evaluate_run(
             if not _has_any(run, method, which): continue
             record,evs = assess(run, method, attacks, which, **kwargs)
             shown[method] = next(iter(evs.values()))
-            print(f'{method}: {_accuracies(shown[method])}')
+            if is_first(): print(f'{method}: {_accuracies(shown[method])}')
             results.append({k: v for k,v in r.items() if k not in CHECKPOINTS} | record)
             run.evaluations = _all_evaluated(run, results[-1])
             if is_first(): save_json(run.out/'evaluation.json', run.evaluations)

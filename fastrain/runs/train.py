@@ -83,7 +83,7 @@ def _finish(run, attacks, command) -> list:
         left = _time_left(run)
         for method in run.methods:
             if _is_done(run, method): continue
-            print(f'\n{method} ({run.recipe.backbone}, {run.recipe.epochs} epochs)')
+            if is_first(): print(f'\n{method} ({run.recipe.backbone}, {run.recipe.epochs} epochs)')
             learn = train_method(run, method, [left])
             _enter(run, _record(run, method, learn, attacks, command))
         first_does(lambda: show_run(run, run.results, 'all'))
