@@ -2,6 +2,7 @@
 import io, multiprocessing, os, shutil, signal, socket, subprocess, sys, time, warnings
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -11,6 +12,8 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
+from timm.layers import BatchNormAct2d
+from torch import nn
 
 from conftest import Call, digit_dls, digits, make_learner, net, quick, quietly, same, snapshot
 from fastrain.core import seed_all
@@ -23,6 +26,7 @@ from fastrain.pieces.strategies import FAT
 from fastrain.processes import first_does, from_first, gather_objects, gather_rows, is_first, joined, n_processes, process, wait_for_all
 from fastrain.training.callback import TRAINCallback
 from fastrain.training.checkpoint import Checkpoint
+from fastrain.training.distributed import Together, _synchronised
 from fastrain.training.metrics import RobustAccuracy
 from fastrain.training.standard import CoTrained
 
@@ -224,6 +228,25 @@ def test_what_processes_tell_each_other():
     first,second = together(2, _talk)
     assert first == dict(first=0, all=[0, 1], rows=[1, 1, 2, 2], failed="ValueError('not here')", is_first=True)
     assert second == dict(first, failed='SystemExit(1)', is_first=False)
+
+# What is refused, and what needs a GPU as far as it can be tried without one
+
+def test_refused():
+    with pytest.raises(ValueError, match='remembers images of all processes'): TRAINCallback(net(2), relation=CRD(), apart=True)
+    with pytest.raises(ValueError, match="sync_bn=True: PyTorch's synchronised BatchNorm works on GPUs alone"): _synchronised(net(1))
+
+def test_batchnorm_is_synchronised_for_a_while():
+    "Layers keep their tensors and their activation, and are there again afterwards"
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.BatchNorm2d(4)).to('meta')
+    before,tensors = list(model),model.state_dict(keep_vars=True)
+    shared = Together(SimpleNamespace(cbs=[]))
+    shared._norms = _synchronised(model)
+    assert [type(m).__name__ for m in model] == ['Conv2d', 'SyncBatchNormAct', 'SyncBatchNorm']
+    now = model.state_dict(keep_vars=True)
+    assert now.keys() == tensors.keys() and all(now[k] is tensors[k] for k in now)
+    model.eval()
+    shared.end()
+    assert list(model) == before and not any(m.training for m in model)
 
 # As it is typed
 
