@@ -1715,6 +1715,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastrain.speed.replica.find_pairs': ('speed/replica.html#find_pairs', 'fastrain/speed/replica.py'),
                                         'fastrain.speed.replica.make_replica': ( 'speed/replica.html#make_replica',
                                                                                  'fastrain/speed/replica.py')},
+            'fastrain.studies.experiment': { 'fastrain.studies.experiment.Experiment': ( 'studies/experiment.html#experiment',
+                                                                                         'fastrain/studies/experiment.py')},
             'fastrain.training.batches': { 'fastrain.training.batches.BatchWatch': ( 'training/batches.html#batchwatch',
                                                                                      'fastrain/training/batches.py'),
                                            'fastrain.training.batches.BatchWatch.__init__': ( 'training/batches.html#batchwatch.__init__',
