@@ -1807,6 +1807,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'fastrain/studies/rows.py'),
                                        'fastrain.studies.rows.row_method': ('studies/rows.html#row_method', 'fastrain/studies/rows.py'),
                                        'fastrain.studies.rows.row_settings': ('studies/rows.html#row_settings', 'fastrain/studies/rows.py'),
+                                       'fastrain.studies.rows.scaled_figure': ( 'studies/rows.html#scaled_figure',
+                                                                                'fastrain/studies/rows.py'),
                                        'fastrain.studies.rows.scaled_settings': ( 'studies/rows.html#scaled_settings',
                                                                                   'fastrain/studies/rows.py'),
                                        'fastrain.studies.rows.table_attacks': ( 'studies/rows.html#table_attacks',
