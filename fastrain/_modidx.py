@@ -1802,6 +1802,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'fastrain/studies/paper.py')},
             'fastrain.studies.rows': { 'fastrain.studies.rows.Scale': ('studies/rows.html#scale', 'fastrain/studies/rows.py'),
                                        'fastrain.studies.rows._asked': ('studies/rows.html#_asked', 'fastrain/studies/rows.py'),
+                                       'fastrain.studies.rows._check_backbone': ( 'studies/rows.html#_check_backbone',
+                                                                                  'fastrain/studies/rows.py'),
                                        'fastrain.studies.rows._experiment': ('studies/rows.html#_experiment', 'fastrain/studies/rows.py'),
                                        'fastrain.studies.rows._given': ('studies/rows.html#_given', 'fastrain/studies/rows.py'),
                                        'fastrain.studies.rows._moved': ('studies/rows.html#_moved', 'fastrain/studies/rows.py'),
