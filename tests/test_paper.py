@@ -21,8 +21,9 @@ ROWS = [(t, r) for t in TABLES for r in t.rows]
 # --- the tables
 
 @pytest.mark.parametrize('key,column,cell', [
-    ('1/FAT*', 'Natural Acc.', '87.97'), ('1/ECAS+TRAIN', 'AA Acc.', '52.22 (↑0.12)'), ('2/TRADES + TRAIN', 'Natural Acc.', '67.47 (↑8.86)'),
-    ('2/SAT*', 'PGD-20 Acc.', '27.17'), ('3/MCA', 'C&W-20 Acc', '27.23'), ('4/TRADES + LBGAT', 'Seconds', '1,106'),
+    ('1/FAT*', 'Natural Acc.', '87.97'), ('1/ECAS+TRAIN', 'AA Acc.', '52.22 (↑0.12)'),
+    ('2/TRADES + TRAIN', 'Natural Acc.', '67.47 (↑8.86)'), ('2/SAT*', 'PGD-20 Acc.', '27.17'),
+    ('3/MCA', 'C&W-20 Acc', '27.23'), ('4/TRADES + LBGAT', 'Seconds', '1,106'),
     ('5/TRADES + LBGAT + TRAIN', 'Topology Robust', '57.98 (↑0.19)'), ('5/Standard Training', 'Topology Robust', '-'),
     ('6/TRADES*', 'Topology Natural', '52.57'), ('7/ALP*', 'PGD-20 Acc.', '8.01'), ('8/TRADES + Ours, WideResNet34-10', 'AA Acc.', '28.76'),
     ('9/384', 'PGD-20 Acc.', '30.60'), ('10/50a', 'L_TP', '0.24'), ('11/Vanilla AT + TRAIN*', 'Clean Acc', '65.15'),
@@ -64,9 +65,10 @@ def test_quoted_rows():
 def test_a_table_by_its_names(id): assert paper_table(id).id == '6'
 
 def test_wrong_names():
-    for key,told in {'6/TRADES + TRANE': "row of Table 6 'TRADES . TRANE'. Did you mean 'TRADES . TRAIN'", '13/TRADES': "row '13/TRADES': Unknown table '13'",
-                     'TRADES': 'expected a table and a row of it', '6/': 'expected a table and a row of it'}.items():
-        with pytest.raises(ValueError, match=told): paper_row(key)
+    with pytest.raises(ValueError, match="row of Table 6 'TRADES . TRANE'. Did you mean 'TRADES . TRAIN'"): paper_row('6/TRADES + TRANE')
+    with pytest.raises(ValueError, match="row '13/TRADES': Unknown table '13'"): paper_row('13/TRADES')
+    for key in ('TRADES', '6/', ''):
+        with pytest.raises(ValueError, match='expected a table and a row of it'): paper_row(key)
     with pytest.raises(ValueError, match="Unknown table 'F9'. Did you mean '9' or 'F4'"): paper_table('F9')
 
 def test_text_of_a_table():
@@ -94,7 +96,8 @@ def test_settings_of_the_profiles():
     las,lbgat = (row_experiment(k).recipe for k in ('1/TRADES + TRAIN', '6/TRADES + TRAIN'))
     assert (las.epochs, las.drops, las.wd, las.eps, las.eval_eps, las.eval_alpha, las.lam) == (110, (99, 104), 5e-4, .031, 8/255, 2/255, 5)
     assert (lbgat.epochs, lbgat.drops, lbgat.wd, lbgat.eval_eps, lbgat.eval_alpha) == (100, (75, 90), 2e-4, .031, .003)
-    assert (lbgat.lam, lbgat.lam_schedule, lbgat.backbone, lbgat.standard, lbgat.holdout) == (20, 'printed', 'wide_resnet34_10', 'resnet18', 0)
+    assert (lbgat.lam, lbgat.lam_schedule, lbgat.holdout) == (20, 'printed', 0)
+    assert (lbgat.backbone, lbgat.standard) == ('wide_resnet34_10', 'resnet18')
     assert row_experiment('1/FAT*').recipe.eps == .062
 
 @pytest.mark.parametrize('scale', SCALES)
@@ -115,8 +118,8 @@ def test_overrides():
     assert row_experiment('11/at + train*', epochs=20).recipe.warmup == 20
     assert row_experiment('6/TRADES + TRAIN', 'tiny', epochs=7).recipe.warmup == 7
     assert row_experiment('6/TRADES + TRAIN', attacks=['natural']).attacks == ('natural',)
-    for wrong in (dict(epoch=3), dict(epochs=0), dict(epochs='3'), dict(data='nowhere'), dict(backbone='nowhere'), dict(standard='nowhere')):
-        with pytest.raises(ValueError, match='|'.join(wrong)): row_experiment('6/TRADES + TRAIN', **wrong)
+    for name,wrong in [('epoch', 3), ('epochs', 0), ('epochs', '3'), ('data', 'nowhere'), ('backbone', 'nowhere'), ('standard', 'nowhere')]:
+        with pytest.raises(ValueError, match=name): row_experiment('6/TRADES + TRAIN', **{name: wrong})
 
 def test_seeds():
     seeds = [(e.key, e.seed) for e in table_experiments('11', 'tiny', (1, 2))]
@@ -142,11 +145,14 @@ def test_sizes_as_fractions():
 RECIPE = row_experiment('6/TRADES + TRAIN', 'tiny').to_toml()
 
 @pytest.mark.parametrize('old,new,told', [
-    ('epochs =', 'epoch =', "Unknown setting 'epoch'. Did you mean 'epochs'"), ('[recipe]', '[recipes]', "Unknown table 'recipes'. Did you mean 'recipe'"),
-    ('attacks =', 'attack =', "Unknown key 'attack'. Did you mean 'attacks'"), ('scale =', 'scales =', "Unknown key 'scales'. Did you mean 'scale'"),
+    ('epochs =', 'epoch =', "Unknown setting 'epoch'. Did you mean 'epochs'"),
+    ('[recipe]', '[recipes]', "Unknown table 'recipes'. Did you mean 'recipe'"),
+    ('attacks =', 'attack =', "Unknown key 'attack'. Did you mean 'attacks'"),
+    ('scale =', 'scales =', "Unknown key 'scales'. Did you mean 'scale'"),
     ('"tiny"', '"tini"', "Unknown scale 'tini'. Did you mean 'tiny'"), ('key = "6/TRADES + TRAIN"\n', '', 'there is no key in'),
     ('trades+train', 'trades+trane', "Unknown method 'trane'. Did you mean 'train'"), ('pgd20-lbgat', 'pgd20-lgbat', 'lgbat'),
-    ('epochs = 4', 'epochs = "four"', "epochs='four': expected a whole number of epochs"), ('eps = 0.15', 'eps = "0,15"', 'eps: .* is not a size'),
+    ('epochs = 4', 'epochs = "four"', "epochs='four': expected a whole number of epochs"),
+    ('eps = 0.15', 'eps = "0,15"', 'eps: .* is not a size'),
     ('bs = 32', 'bs = 32\nbs = 64', 'this is no TOML'), ('bs = 32', 'bs = [', 'this is no TOML: .* at line'),
     ('methods = ["trades+train"]', 'methods = "trades+train"', 'expected a list of names'), ('fast = false', 'fast = 1', 'fast'),
     ('methods = ["trades+train"]', 'methods = []', 'an experiment has one method')])
