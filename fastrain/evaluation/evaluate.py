@@ -82,6 +82,7 @@ def evaluate(
     command:str=None # What was typed to have it, to be kept with the figures
 ) -> Evaluation:
     "What a model is worth, naturally and under attack"
+    _check_folder(out)
     model,notes = _float32(_module(model))
     standard,_ = _float32(_module(standard))
     attacks,measures = parse_figures(attacks, eps, alpha, norm, seed)
@@ -110,6 +111,13 @@ def evaluate(
     return ev
 
 # %% ../../nbs/evaluation/evaluate.ipynb #35b21d49
+def _check_folder(out):
+    "A run has files of the same names"
+    found = [name for name in _of_runs if out and (Path(out)/name).exists()]
+    if found: raise FileExistsError(f'{out} holds a run ({found[0]}), whose evaluation would be replaced: choose another folder with --out')
+
+_of_runs = 'settings.json', 'checkpoints'
+
 def _module(model):
     if isinstance(model, Learner): model = model.model
     if model is None: return None
@@ -167,7 +175,7 @@ def _support(dl, support, n, ks):
     "The training images that are asked for"
     if support is None: support = dl if isinstance(dl, DataLoaders) else None
     if support is None: raise ValueError('Topology scores need training images: give DataLoaders, or support')
-    batches = Batches(support.train if isinstance(support, DataLoaders) else support, n)
+    batches = Batches(support.train if isinstance(support, DataLoaders) else support, n, called='n_support')
     if n and 2*n < min(ks):
         raise ValueError(f'n_support={n}: fewer images than the {min(ks)} neighbours of the topology score, '
                          'natural and attacked ones together')
