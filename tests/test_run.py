@@ -177,7 +177,7 @@ def test_shell_resumes(run, monkeypatch, capsys):
 # --- any one file may be missing
 
 FILES = [
-    'settings.json', 'results.json', 'history.csv', 'report.md', 'report.html', '.lock', 'checkpoints/warm.pt',
+    'settings.json', 'recipe.toml', 'results.json', 'history.csv', 'report.md', 'report.html', '.lock', 'checkpoints/warm.pt',
     'checkpoints/standard/best.pt', 'checkpoints/at+train/best.pt', 'checkpoints/standard/last.pt', 'checkpoints/at+train/last.pt',
     'evaluation/at+train-last/per_image.csv', 'evaluation/at+train-last/evaluation.json', 'evaluation/at+train-last/evaluation.md']
 
