@@ -56,7 +56,7 @@ def test_training_leaves_everything(runs):
     run = Run(runs/'seed3')
     assert {f.name for f in run.out.iterdir()} == {
         'checkpoints', 'evaluation', *PICTURES,
-        'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json', '.lock'}
+        'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json', 'recipe.toml', '.lock'}
     for m in METHODS: assert len(pd.read_csv(run.evaluation_folder(m)/'per_image.csv')) == 40
 
 def test_evaluate_run(run):

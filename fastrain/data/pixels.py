@@ -7,7 +7,7 @@ __all__ = ['as_rgb', 'stored_size', 'decode_images', 'cache_dir', 'decode_cached
            'pixel_dls']
 
 # %% ../../nbs/data/pixels.ipynb #46726cb6
-import hashlib, io, math, os, warnings
+import hashlib, io, math, os, re, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +47,8 @@ def _named(o):
     "Errors of PIL as `ValueError`s with the image's name"
     try: yield
     except Image.DecompressionBombError as e:
-        raise ValueError(f'Cannot read the image {o}: it is too large ({e}). Scale it down first.') from e
+        pixels = re.search(r'\d+', str(e))[0]
+        raise ValueError(f'Cannot read the image {o}: it is too large ({pixels} pixels). Scale it down first.') from e
     except (OSError, SyntaxError, ValueError) as e:
         raise ValueError(f'Cannot read the image {o}: {e}. If it came from a download, fetch it again.') from e
 
