@@ -26,7 +26,8 @@ _groups = {
     'the adversary': 'norm eps alpha steps',
     'what relates both models': 'lam lam_schedule',
     'evaluation': 'eval_eps eval_alpha',
-    'speed': 'precision fast channels_last fold chunk compile'}
+    'speed': 'precision fast channels_last fold chunk compile',
+    'several processes': 'sync_bn apart'}
 _sizes = 'eps', 'alpha', 'eval_eps', 'eval_alpha'
 
 def _in_groups() -> dict: # `{title: names}`
