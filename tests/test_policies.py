@@ -120,7 +120,7 @@ def test_frozen_stays_through_training():
 def alone(monkeypatch):
     "Counts the warm-ups that are trained"
     calls,train = [],StandardPolicy._train_alone
-    def counted(self, learn): calls.append(self.warmup); train(self, learn)
+    def counted(self, learn, *args): calls.append(self.warmup); train(self, learn, *args)
     monkeypatch.setattr(StandardPolicy, '_train_alone', counted)
     return calls
 
