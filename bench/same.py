@@ -1,4 +1,6 @@
-"Does `--fast` change what is learnt? AT on the digits with and without it, over seeds: `python bench/same.py --result bench/results/same.json`"
+"""Does `--fast` change what is learnt? AT on the digits with and without it, over seeds.
+
+`python bench/same.py --result bench/results/same.json`"""
 import sys, tempfile
 from pathlib import Path
 from statistics import mean, stdev
@@ -9,8 +11,10 @@ from fastcore.script import call_parse
 sys.path.insert(0, str(Path(__file__).parent))
 from turns import report
 
+from fastrain.core import read_json
 from fastrain.runs.recipe import make_recipe
 from fastrain.runs.train import train_run
+from fastrain.speed.options import Speed
 
 FIGURES = 'natural', 'pgd20'
 
@@ -21,8 +25,6 @@ def trained(folder, seed, fast, method, settings) -> dict:
     return {k: 100*record['last']['figures'][k] for k in FIGURES} | dict(chosen=_chosen(folder/f'{seed}-{fast}'))
 
 def _chosen(folder):
-    from fastrain.core import read_json
-    from fastrain.speed.options import Speed
     found = read_json(folder/'speed.json')
     return '' if found is None else str(Speed(**found['chosen']))
 
