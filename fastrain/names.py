@@ -28,10 +28,10 @@ def lookup(
 ):
     "`options[name]` (or `name` itself for a plain collection); an unknown `name` is a `ValueError` with the nearest names"
     if name in options: return options[name] if hasattr(options, 'keys') else name
-    valid = sorted(map(str, options))
-    near = difflib.get_close_matches(str(name).lower(), valid, n=3, cutoff=0.4)
+    valid = {str(o).lower(): str(o) for o in sorted(options, key=str)}
+    near = [valid[n] for n in difflib.get_close_matches(str(name).lower(), valid, n=3, cutoff=0.4)]
     if near: hint = f'Did you mean {" or ".join(map(repr, near))}?'
-    else: hint = f'Choose one of {", ".join(valid[:20])}.'
+    else: hint = f'Choose one of {", ".join([*valid.values()][:20])}.'
     raise ValueError(f'Unknown {kind} {shown(name)}. {hint}')
 
 # %% ../nbs/names.ipynb #da000006

@@ -18,7 +18,7 @@ from fastrain.runs.compare import _figures, _measured, _pairs, compare_runs, pai
 from fastrain.runs.evaluate import evaluate_any, evaluate_run, load_any, rescore_run
 from fastrain.runs.gallery import Exhibits, draw_pictures, picture, pictures
 from fastrain.runs.recipe import make_recipe
-from fastrain.runs.report import Section, html_page, sort_tables, write_report
+from fastrain.runs.report import ReportSection, html_page, sort_tables, write_report
 from fastrain.runs.run import Run, checkpoint_in_run
 from fastrain.runs.train import train_run
 
@@ -56,7 +56,7 @@ def test_training_leaves_everything(runs):
     run = Run(runs/'seed3')
     assert {f.name for f in run.out.iterdir()} == {
         'checkpoints', 'evaluation', *PICTURES,
-        'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json', '.lock'}
+        'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json', 'recipe.toml', '.lock'}
     for m in METHODS: assert len(pd.read_csv(run.evaluation_folder(m)/'per_image.csv')) == 40
 
 def test_evaluate_run(run):
@@ -184,6 +184,20 @@ def test_compare_other_images(run, tmp_path):
     for runs,error in (([], ValueError), ([tmp_path/'none'], FileNotFoundError)):
         with pytest.raises(error): compare_runs(runs, tmp_path/'out')
 
+def test_compare_what_is_not_there(run, tmp_path):
+    "Damaged results by image, and a run of which only the best epochs are known"
+    table = Run(run).evaluation_folder('at')/'per_image.csv'
+    table.write_text('x\n')
+    with pytest.raises(ValueError, match='per_image.csv is damaged'): compare_runs([run], tmp_path/'out')
+    table.unlink()
+    with pytest.raises(FileNotFoundError, match='no results by image for at: evaluate it, fastrain evaluate'):
+        compare_runs([run], tmp_path/'out')
+    saved = json.loads((run/'results.json').read_text())
+    for r in saved: r['best'] = r.pop('last')
+    (run/'results.json').write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match='run: nothing was evaluated after the last epoch'): compare_runs([run], tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
 def copied(run, folder, change=None):
     "A copy of a run, with other settings"
     shutil.copytree(run, folder)
@@ -302,12 +316,13 @@ def test_page_is_self_contained(runs):
     assert page.startswith('<!doctype html>') and '<title>digits: standard' in page and '<table>' in page
     assert page.count('data:image/png;base64,') == len(PICTURES) and not re.search(r'(src|href)="(?!data:)', page)
     script = '<script>alert(1)</script>'
-    assert script not in html_page(Section(script, script, [Section(script)]), runs)
+    assert script not in html_page(ReportSection(script, script, [ReportSection(script)]), runs)
 
 def test_page_is_folded_and_sorts(tmp_path):
     "Settings behind their title, two parts beside each other, the script that the site has, too"
-    parts = [Section('Settings', '`bs` is 3.', folded=True), None, Section('Pictures', parts=[Section('', 'a'), Section('', 'b')])]
-    page = Section('at & more', 'Text.', parts)
+    pictures = ReportSection('Pictures', parts=[ReportSection('', 'a'), ReportSection('', 'b')])
+    parts = [ReportSection('Settings', '`bs` is 3.', folded=True), None, pictures]
+    page = ReportSection('at & more', 'Text.', parts)
     text = html_page(page, tmp_path)
     assert '<title>at &amp; more</title>' in text and '<summary><h2>Settings</h2></summary>' in text and sort_tables in text
     assert text.count('<div class="parts">') == 1 and 'http' not in text

@@ -13,11 +13,11 @@ from string import Template
 
 import pandas as pd
 
-from ..evaluation.record import read_evaluation
+from ..evaluation.record import read_evaluation, read_per_image
 from ..evaluation.scores import Measure, mcnemar, mean_spread
 from ..evaluation.tables import markdown_table, of_other_size, split_table
 from .plots import plot_tradeoff, save_figure
-from .report import Section, commands_text, pictures_section, save_page
+from .report import ReportSection, commands_text, pictures_section, save_page
 from .run import Run, lock_folder, method_in
 
 # %% ../../nbs/runs/compare.ipynb #dc454ead
@@ -243,10 +243,9 @@ def _attacks(run, method) -> dict: # `{name: title}`
     return {r['name']: r['title'] for r in rows if r['kind'] in ('natural', 'attack')}
 
 def _per_image(run, method):
-    file = run.evaluation_folder(method)/'per_image.csv'
-    if file.is_file(): return pd.read_csv(file)
-    raise FileNotFoundError(f'{run.out} has no results by image for {method} ({file.name} is missing): evaluate it, '
-                            f'fastrain evaluate {run.out}')
+    try: return read_per_image(run.evaluation_folder(method))
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{run.out} has no results by image for {method}: evaluate it, fastrain evaluate {run.out}') from None
 
 # %% ../../nbs/runs/compare.ipynb #da400021
 def _pairs(methods, against=None) -> list:
@@ -291,6 +290,8 @@ def compare_runs(
     _check_folder(out)
     runs = _each_once(runs)
     measured = _measured(runs)
+    if not measured:
+        raise ValueError(f'{", ".join(_names_of(runs))}: nothing was evaluated after the last epoch. Use fastrain evaluate first')
     _check_repetitions(measured)
     figures = _figures(measured)
     tests = _all_tests(runs, against)
@@ -299,10 +300,10 @@ def compare_runs(
         has_picture = _draw_tradeoff(figures, _robust_title(measured), out)
         means,rest = _means_sections(table, measured)
         pictures = pictures_section(out) if has_picture else None
-        beside = Section('', parts=[pictures, _tests_section(tests)])
+        beside = ReportSection('', parts=[pictures, _tests_section(tests)])
         parts = [means, rest, beside, _differences_section(runs)]
         lead = commands_text([command] if command else [])
-        save_page(out, Section(', '.join(_names_of(runs)), lead, parts))
+        save_page(out, ReportSection(', '.join(_names_of(runs)), lead, parts))
     return table
 
 def _each_once(folders) -> list:
@@ -360,13 +361,13 @@ def _means_sections(table, measured) -> tuple: # of the runs' ε, of other ones
     main,rest = split_table(table, rows, other)
     some = table.map(lambda v: '(of ' in str(v)).any(axis=None)
     fewer = ' A figure "(of 1)" is of so many of the seeds.' if some else ''
-    means = Section('Accuracy', _MEANS.substitute(fewer=fewer, table=markdown_table(main)))
+    means = ReportSection('Accuracy', _MEANS.substitute(fewer=fewer, table=markdown_table(main)))
     if rest is None: return means,None
-    return means,Section('Other sizes of ε', markdown_table(rest), folded=True)
+    return means,ReportSection('Other sizes of ε', markdown_table(rest), folded=True)
 
 def _tests_section(tests):
     if tests is None: return None
-    return Section('On the same images', _TESTS.substitute(table=markdown_table(_test_table(tests))))
+    return ReportSection('On the same images', _TESTS.substitute(table=markdown_table(_test_table(tests))))
 
 def _differences_section(runs):
     by_run = {}
@@ -374,4 +375,4 @@ def _differences_section(runs):
         by_run[name] = {k: json.dumps(v) for k,v in run.recipe.settings().items()}
     settings = pd.DataFrame(by_run)
     differ = settings[settings.nunique(axis=1) > 1].rename_axis('setting')
-    return Section('Settings that differ', markdown_table(differ) if len(differ) else 'None.')
+    return ReportSection('Settings that differ', markdown_table(differ) if len(differ) else 'None.')

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+from packaging.version import parse as parse_version
 from torch import nn
 
 from ..core import environment, fork_rng, get_rng_state, load_tensors, lookup, peek_batch, read_json, set_rng_state, shown
@@ -24,6 +25,7 @@ from ..evaluation.record import read_record
 from ..models.backbone import load_weights
 from ..models.stored import stored_backbone
 from .recipe import Recipe, bound_to_length, check_recipe, make_recipe, recipe_dls
+from .recipe_file import recipe_toml
 from ..training.checkpoint import averaged_weights, read_state, standard_state
 from ..training.methods import Method, canonical, parse_method
 from ..training.standard import trained_standard
@@ -203,7 +205,8 @@ def create(cls:Run,
 
 @patch
 def save(self:Run):
-    "Write `settings.json`"
+    "Write `settings.json`, and the same recipe as a text to edit and give back"
+    save_text(self.out/'recipe.toml', recipe_toml(self.recipe, self.methods, self.settings.get('attacks', ())))
     save_json(self.out/'settings.json', self.plain_settings())
 
 @patch
@@ -412,10 +415,13 @@ def evaluated(self:Run) -> list:
     return [r for r in self.evaluations if 'last' in r] or self.trained
 
 # %% ../../nbs/runs/run.ipynb #c10c3006
+# From 3.1 on pandas reads each number as it was written, and warns of being asked for it
+_exact = {} if parse_version(pd.__version__) >= parse_version('3.1') else dict(float_precision='round_trip')
+
 def read_history(file) -> pd.DataFrame: # 'method', 'epoch', ...; or None
     "A table of epochs, if there is one"
     if not file.is_file(): return None
-    try: saved = pd.read_csv(file, float_precision='round_trip')
+    try: saved = pd.read_csv(file, **_exact)
     except ValueError: saved = pd.DataFrame()
     if {'method', 'epoch'} <= {*saved.columns}: return saved
     raise ValueError(f'{file} is damaged: expected a table with the columns method and epoch. Remove it, and --resume makes it again')
