@@ -281,5 +281,8 @@ def begun(folder): return read_run(folder)[0].epochs if (folder/'settings.json')
 
 if __name__ == '__main__':
     fastprogress.NO_BAR = not sys.stdout.isatty() # in a log file, only the lines
+    if sys.argv[1:2] == ['speed']:
+        from gpu_speed import call
+        sys.exit(call(sys.argv[2:]))
     args = vars(anno_parser(main, prog='gpu.py').parse_args())
     main(**{k: v for k,v in args.items() if k not in ('pdb', 'xtra')})

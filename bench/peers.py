@@ -17,6 +17,7 @@ from fastrain.core import seed_all
 from fastrain.data.sources import get_dls
 from fastrain.evaluation.evaluate import evaluate
 from fastrain.models.backbone import create_backbone
+from fastrain.speed.attacked import attacked_copies
 
 EPS,STEPS = 8/255,20
 ALPHA = EPS/10
@@ -51,6 +52,7 @@ def of_fastrain(model, batches):
     return lambda: [attack(model, x, y) for x,y in batches]
 
 PEERS = dict(torchattacks=of_torchattacks, foolbox=of_foolbox, art=of_art)
+AIMS = dict(torchattacks=1.2, foolbox=1.2, art=1.8)
 
 def available(name) -> bool:
     "Can the library be imported? If not, the line that installs it is printed"
@@ -71,13 +73,21 @@ def same_figure(model, forms, batches) -> int:
         raise SystemExit(f'peers.py: they do not do the same, so that times mean nothing: {counts}')
     return counts['fastrain']
 
-def pgd(model, batches, repeats, target) -> list:
+def of_fast(model, batches):
+    "What `evaluate(..., fast=True)` does; the copy of the model is measured before anything is timed"
+    attack = PGD(EPS, ALPHA, STEPS, start='natural')
+    copy = attacked_copies(model, *batches[0], dict(pgd=attack)).get('pgd', model)
+    return lambda: [attack(copy, x, y) for x,y in batches]
+
+OURS = {'fastrain': of_fastrain, 'fastrain --fast': of_fast}
+
+def pgd(model, batches, repeats) -> list:
     forms = {name: make(model, batches) for name,make in PEERS.items() if available(name)}
-    forms['fastrain'] = of_fastrain(model, batches)
+    forms |= {name: make(model, batches) for name,make in OURS.items()}
     n = same_figure(model, forms, batches)
     seconds = take_turns(forms, repeats)
-    return [judged(f'PGD-{STEPS}: {name} / fastrain', seconds[name], seconds['fastrain'], target, at_least=True, survive=n)
-            for name in forms if name != 'fastrain']
+    return [judged(f'PGD-{STEPS}: {name} / {ours}', seconds[name], seconds[ours], AIMS[name], at_least=True, survive=n)
+            for ours in OURS for name in forms if name not in OURS]
 
 # -- AutoAttack --------------------------------------------------------------------------------------------------------------
 def directly(model, x, y, bs) -> int:
@@ -87,8 +97,8 @@ def directly(model, x, y, bs) -> int:
     x_adv,_ = adversary.run_standard_evaluation(x, y, batch_size=bs)
     return survivors(model, [x_adv], [(x, y)])
 
-def by_evaluate(model, batches) -> int:
-    return int(evaluate(model, batches, 'aa', eps=EPS, checks=False, progress=False).right('aa').sum())
+def by_evaluate(model, batches, fast=False) -> int:
+    return int(evaluate(model, batches, 'aa', eps=EPS, checks=False, progress=False, fast=fast).right('aa').sum())
 
 def autoattack(model, batches, repeats, target) -> list:
     x,y = map(torch.cat, zip(*batches))
@@ -96,10 +106,11 @@ def autoattack(model, batches, repeats, target) -> list:
     def keep(name, f): found[name] = f()
     forms = dict(directly=partial(keep, 'directly', lambda: directly(model, x, y, len(batches[0][1]))),
                  fastrain=partial(keep, 'fastrain', lambda: by_evaluate(model, batches)))
+    forms['fastrain --fast'] = partial(keep, 'fastrain --fast', lambda: by_evaluate(model, batches, fast=True))
     seconds = take_turns(forms, repeats)
-    if found['directly'] != found['fastrain']: raise SystemExit(f'peers.py: AutoAttack has two figures: {found}')
-    return [judged('AutoAttack: pyautoattack directly / fastrain', seconds['directly'], seconds['fastrain'], target, at_least=True,
-                   survive=found['fastrain'])]
+    if len(set(found.values())) > 1: raise SystemExit(f'peers.py: AutoAttack has several figures: {found}')
+    return [judged(f'AutoAttack: pyautoattack directly / {ours}', seconds['directly'], seconds[ours], target, at_least=True,
+                   survive=found[ours]) for ours in OURS]
 
 # -- run ---------------------------------------------------------------------------------------------------------------------
 def trained(backbone, x, y, epochs, eps=EPS):
@@ -138,7 +149,7 @@ def main(
     x,y,x_test,y_test = (o.as_subclass(torch.Tensor) for o in (x, y, x_test, y_test))
     if tiny: x,y = x[:128],y[:128]
     def batches(n): return list(zip(x_test[:n].split(bs), y_test[:n].split(bs)))
-    rows = pgd(trained(backbone, x, y, epochs), batches(n), repeats, 1.)
+    rows = pgd(trained(backbone, x, y, epochs), batches(n), repeats)
     if n_aa: rows += autoattack(trained(small, x, y, epochs), batches(n_aa), aa_repeats, 1.3)
     settings = dict(backbone=backbone, small=small, n=n, n_aa=n_aa, bs=bs, repeats=repeats, aa_repeats=aa_repeats,
                     threads=torch.get_num_threads(), eps=EPS)

@@ -165,6 +165,7 @@ def evaluate(
     attacks:str='natural,pgd20',
     n:int=None, # Evaluate on so many test images, always the same, equally many per class (default all)
     eps:str=None, # Size of the perturbation in pixel units of [0,1], or several: 2/255,4/255,8/255 (default: that of the run, or 8/255)
+    fast:bool=False, # Let attacks work on a copy of the model that is measured to be faster here; figures are of the model itself
     images:bool=False, # Keep the adversarial images
     rescore:bool=False, # Only score the kept images again, and compare with the table
     # Draw these, comma-separated: curves, relation, tradeoff, eps, steps, stages, confusion, classes, margins,
@@ -193,7 +194,7 @@ def evaluate(
     _place(device)
     chosen = dict(methods=split_methods(method), which=_items('which', which))
     common = dict(attacks=_items('attacks', attacks), pictures=_items('pictures', pictures), path=path, device=device,
-                  n=n, n_support=n_support, images=images, command=command, **_given(eps=eps and ','.join(_items('eps', eps))))
+                  n=n, n_support=n_support, fast=fast, images=images, command=command, **_given(eps=eps and ','.join(_items('eps', eps))))
     model = _given(weights=weights, backbone=backbone, img_size=img_size)
     own = _given(standard=standard, bs=bs, norm=norm, seed=seed)
     if data is None:
@@ -315,7 +316,7 @@ _groups = dict(
         'several processes (accelerate launch, torchrun)': 'sync_bn apart',
         'images': 'holdout n_train n_test img_size path'},
     evaluate={
-        'what to evaluate': 'attacks n eps pictures method which out device',
+        'what to evaluate': 'attacks n eps fast pictures method which out device',
         'models that are not of a run': 'data weights backbone standard img_size bs norm seed'})
 
 # %% ../nbs/cli.ipynb #da300002

@@ -15,7 +15,7 @@ def script(name):
     spec.loader.exec_module(module)
     return module
 
-step,gpu = script('step'),script('gpu')
+step,gpu,gpu_speed = script('step'),script('gpu'),script('gpu_speed')
 pytestmark = pytest.mark.slow # whole trainings, if small ones
 NETS = dict(backbone='resnet10t_16', standard='resnet10t_16', device='cpu')
 TINY = dict(NETS, data='digits', methods='at,at+train', epochs=2, chunk=2, bs=20, steps=1, warmup=1,
@@ -82,6 +82,20 @@ def train_mode(whole, plain, x, y):
 def test_another_algorithm_is_found_out(broken, nets, monkeypatch):
     break_step(monkeypatch, broken)
     with pytest.raises(RuntimeError, match='differ'): step.check('trades+train', *nets, 2)
+
+# -- gpu_speed.py, which is `gpu.py speed` -------------------------------------------------------------------------------------
+def test_table_of_speed(tmp_path):
+    out = tmp_path/'speed.json'
+    gpu_speed.call(f'--cases resnet10t_16:4 --standard resnet10t_16 --steps 1 --img-size 16 --matmul 64 --repeats 1 --choice .1 '
+                   f'--device cpu --result {out}'.split())
+    res = json.loads(out.read_text())
+    assert [r['method'] for r in res['rows']] == list(step.METHODS) and not res['left_out'] and not res['aims']
+    assert all(r['images_per_second'] > 0 and r['gain'] > 0 and r['share'] > 0 for r in res['rows'])
+
+def test_aims_are_judged_by_the_worst():
+    def row(backbone, method, **kwargs): return dict(backbone=backbone, method=method, gain=6., share=.5, epoch=5.) | kwargs
+    rows = [row('wide_resnet34_10', 'at+train', gain=4.), row('wide_resnet34_10', 'trades+train'), row('resnet18', 'at')]
+    assert [a['verdict'] for a in gpu_speed.verdicts(rows)] == ['fail', 'pass', 'pass']
 
 # -- gpu.py ------------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope='module')

@@ -9,6 +9,7 @@ from torch import nn
 from conftest import Call, Net, digit_dls, digits, hooks, make_learner, net, quick, quietly, same, snapshot
 from fastrain.attacks.pgd import PGD, Plan
 from fastrain.core import get_rng_state, read_json, seed_all
+from fastrain.evaluation.evaluate import evaluate
 from fastrain.models.backbone import create_backbone
 from fastrain.pieces.losses import TRADES
 from fastrain.pieces.strategies import FAT
@@ -16,6 +17,7 @@ from fastrain.runs.recipe import make_recipe
 from fastrain.runs.run import Run
 from fastrain.runs.train import _choose_speed, start_run, train_method
 from fastrain.speed import fast
+from fastrain.speed.attacked import Attacked
 from fastrain.speed.fast import Trial, choose, choice_text, is_as_strong, machine, take_turns
 from fastrain.speed.options import DevicePrecision, Speed
 from fastrain.speed.replica import Replica, current, find_pairs, make_replica
@@ -285,3 +287,47 @@ def test_a_run_goes_on_as_it_was_measured(tmp_path, timed):
     assert train_method(run, 'standard').train_cb.speed == Speed('bf16', fold=True)
     a,b = (torch.load(tmp_path/name/'checkpoints'/'at'/'last.pt') for name in 'ab')
     assert same(a['model'], b['model']) and a['training']['learner']['precision'] == 'measured'
+
+# --- evaluation
+
+def learned():
+    "A model that some attacks break on some images, and batches of test images"
+    x,y = digits('train', 200)
+    model = net()
+    opt = torch.optim.SGD(model.parameters(), .05, .9)
+    for rows in torch.arange(200).repeat(3).split(50):
+        nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+        opt.step()
+        opt.zero_grad()
+    return model.eval(),list(zip(*(t.split(50) for t in digits('test', 100))))
+
+def figures(fast, out=None, attacks='natural,pgd10,cw5+pgd5', **kwargs):
+    model,batches = learned()
+    return evaluate(model, batches, attacks, eps=.02, fast=fast, out=out, checks=False, progress=False, **kwargs)
+
+def test_evaluation_by_copies(timed, tmp_path):
+    "The same figures; attacks that look at logits in between get float32, and the record says what each looked at"
+    timed['of'] = lambda s: 1 - .3*s.fold - .2*(s.precision == 'bf16') - .1*s.channels_last
+    plain,ours = figures(False),figures(True, tmp_path)
+    assert .05 < plain['pgd10'] < .95 and plain['natural'] == ours['natural']
+    assert all(abs(plain[k] - ours[k]) <= .01 for k in plain.figures)
+    assert ours.settings['copies'] == {'cw5+pgd5': 'float32, channels_last, fold', 'pgd10': 'bf16, channels_last, fold'}
+    assert 'PGD-10 in bf16, channels_last, fold' in ours.text() and 'copies' not in plain.settings
+    assert torch.equal(ours.columns['cw5+pgd5']['stage'] == -2, ours.right('cw5+pgd5'))
+    timed['of'] = lambda s: 1.
+    again = figures(True, tmp_path)
+    assert again.settings['copies'] == ours.settings['copies'] and again.figures == ours.figures # as it was measured before
+    beside = figures(False, tmp_path, 'natural,cw5+pgd5') # now on the model; what PGD-10 looked at is still told
+    assert 'copies' not in beside.settings and 'PGD-10 in bf16' in (tmp_path/'evaluation.md').read_text()
+    assert set(read_json(tmp_path/'evaluation.json')['settings']['copies']) == {'pgd10'}
+
+def test_nothing_is_copied_without_need(timed):
+    assert 'copies' not in figures(True).settings # nothing is faster
+    timed['of'] = lambda s: 1 - .3*s.fold
+    own = figures(True, attacks=dict(natural=None, mine=lambda model, x, y: x.flip(0) if isinstance(model, Attacked) else x))
+    assert 'copies' not in own.settings and own['mine'] == own['natural']
+
+def test_what_evaluation_cannot_copy():
+    model,batches = learned()
+    with pytest.raises(ValueError, match='fast=True of an iterator'): evaluate(model, iter(batches), 'fgsm', fast=True, progress=False)
+    with pytest.raises(ValueError, match='float64: expected float32'): evaluate(model.double(), batches, 'fgsm', fast=True, progress=False)

@@ -145,9 +145,15 @@ def joined(
         attacks[k] = ev.attacks.get(k) or earlier.attacks[k]
         columns[k] = ev.columns[k] if k in ev.columns else earlier.columns[k]
     measures,topology,on = _measures(ev, earlier, on, lambda: measured(columns, on))
-    settings = ev.settings | dict(l_tp_attack=on) | _commands(ev, earlier)
+    settings = ev.settings | dict(l_tp_attack=on) | _commands(ev, earlier) | _copies(ev, earlier, kept)
     notes = [*notes, *_losses(ev, earlier)]
     return summarise(columns, attacks, settings, measures, topology, notes, ev.indices)
+
+def _copies(ev, earlier, kept) -> dict:
+    "Which attacks looked at a copy of the model"
+    then = earlier.settings.get('copies', {})
+    copies = {k: then[k] for k in kept if k in then} | ev.settings.get('copies', {})
+    return dict(copies=copies) if copies else {}
 
 def _commands(ev, earlier) -> dict:
     "What was typed for all that is there now, each once"

@@ -20,12 +20,14 @@ from torch import nn
 
 from ..attacks.checks import Finding, sanity_checks
 from ..attacks.named import own_attack, parse_attack, parse_attacks, split_names, split_sizes
+from ..attacks.pgd import check_images
 from ..core import eval_mode, fork_rng, load_tensors, lookup, parse_eps
 from .earlier import Earlier, joined, save_beside
 from .measure import Batches, Job, Store, full_precision, measure, model_place, n_batches
 from .record import Evaluation, read_evaluation, read_evaluations, subset_name, summarise
 from .scores import Evidence, Measure, wilson
 from ..processes import first_does
+from ..speed.attacked import attacked_copies
 
 # %% ../../nbs/evaluation/evaluate.ipynb #0b9b98b0
 def parse_figures(
@@ -77,6 +79,7 @@ def evaluate(
     n:int=None, # Evaluate on so many images, equally many of each class
     seed:int=0, # Of random starts and AutoAttack
     checks=True, # Look for masked gradients on a few images? See `sanity_checks`
+    fast:bool=False, # Let attacks work on a copy of the model that is measured to be faster here? See `fastrain.speed.attacked`
     out=None, # Folder to keep results in, and to go on from
     images:bool=False, # Keep adversarial images in `out`, too?
     progress:bool=True, # Show a bar?
@@ -95,16 +98,18 @@ def evaluate(
     store = Store(out and Path(out)/'parts')
     earlier = Earlier(out, batches.name, seed, model, store)
     sample = _Sample(n_batches(batches))
-    jobs = _jobs(model, standard, attacks, measures, on, images)
+    copies = _copies(model, batches, attacks, out) if fast else {}
+    jobs = _jobs(model, standard, attacks, measures, on, images, copies)
     results = earlier.take(measure(batches, [*earlier.jobs, *jobs], store, seed, progress, sample))
     columns = dict(zip(attacks, results))
     of_standard = None if standard is None else results[-1]
-    if support: support = _support_columns(model, support, on, attacks[on].attack, store, seed, progress)
+    if support: support = _support_columns(model, support, on, attacks[on].attack, copies.get(on), store, seed, progress)
     measured = partial(_measured, measures, of_standard, support, bs or batches.bs or sample.bs, ks)
     figures,topology = measured(columns, on)
     if checks: notes += _findings(model, standard, sample, attacks, norm, columns, dl)
     device,precision = _place(model)
     settings = dict(subset=batches.name, precision=precision, seed=seed, l_tp_attack=on, device=device)
+    if copies: settings['copies'] = {k: str(c.speed) for k,c in copies.items()}
     if command: settings['commands'] = [command]
     ev = summarise(columns, attacks, settings, figures, topology, notes, batches.rows)
     of_all = on if support else _measured_on(earlier.attacks | attacks, l_tp_attack)
@@ -141,12 +146,12 @@ def _place(model): # of the model: device and precision, as text
     return str(device),_dtype_name(dtype)
 
 # %% ../../nbs/evaluation/evaluate.ipynb #afd13932
-def _jobs(model, standard, attacks, measures, on, images):
+def _jobs(model, standard, attacks, measures, on, images, copies):
     wanted = True if _needs(measures, 'features') else None # None: if the model has any
     jobs = []
     for name,a in attacks.items():
         features = wanted if name in ('natural', on) else False
-        jobs.append(Job(model, name, a.attack, features, images and a.attack is not None))
+        jobs.append(Job(model, name, a.attack, features, images and a.attack is not None, attacked=copies.get(name)))
     if standard is not None: jobs.append(Job(standard, 'standard', None, True))
     return jobs
 
@@ -171,6 +176,21 @@ def _measured_on(attacks, wanted):
         if a.base == 'pgd20' or (a.kind, a.steps) == ('pgd', 20): return a.name
     return list(attacks)[-1]
 
+# %% ../../nbs/evaluation/evaluate.ipynb #a77ac011
+def _copies(model, batches, attacks, out) -> dict:
+    "`{name: what the attack looks at}`"
+    if iter(batches.dl) is batches.dl:
+        raise ValueError('fast=True of an iterator: give something that can be iterated twice, such as a list or a DataLoader, '
+                         'for its first batch is measured')
+    device,dtype = model_place(model)
+    if dtype != torch.float32: raise ValueError(f'fast=True of a model in {_dtype_name(dtype)}: expected float32. Leave fast out')
+    x,y = next(((x, y) for x,y in batches if len(x)), (None, None))
+    if x is None: return {}
+    check_images(x)
+    own = {k: a.attack for k,a in attacks.items() if a.kind != 'own'}
+    with full_precision(), eval_mode(model):
+        return attacked_copies(model, x.to(device, dtype), y.to(device).long(), own, out and Path(out)/'speed.json')
+
 # %% ../../nbs/evaluation/evaluate.ipynb #fc6d0545
 def _support(dl, support, n, ks):
     "The training images that are asked for"
@@ -182,9 +202,9 @@ def _support(dl, support, n, ks):
                          'natural and attacked ones together')
     return batches
 
-def _support_columns(model, support, on, attack, store, seed, progress):
+def _support_columns(model, support, on, attack, attacked, store, seed, progress):
     "Features and labels of the support"
-    jobs = [Job(model, 'support-natural', None, True), Job(model, f'support-{on}', attack, True)]
+    jobs = [Job(model, 'support-natural', None, True), Job(model, f'support-{on}', attack, True, attacked=attacked)]
     natural,attacked = measure(support, jobs, store, seed, progress)
     return {k: torch.cat([natural[k], attacked[k]]) for k in ('features', 'y')}
 

@@ -101,6 +101,7 @@ class Job(NamedTuple):
     features:bool=False # Keep penultimate features? None: if the model has any
     images:bool=False # Keep adversarial images?
     earlier:tuple=None # Files of its parts, if it is only to be read from them; `attack` is then not run
+    attacked:nn.Module=None # What the attack sees in the model's place; None: the model
 
 # %% ../../nbs/evaluation/measure.ipynb #a99d52af
 def _weights_hash(model:nn.Module) -> str:
@@ -134,7 +135,8 @@ class Store:
     def path(self, job:Job, seed:int, batch) -> Path: # None if nothing is kept
         "The file of a job's part of a batch"
         if not self.folder: return None
-        settings = hashlib.sha1(f'{known_settings(job.attack) or job.attack!r} {seed}'.encode()).hexdigest()[:8]
+        sees = '' if job.attacked is None else f' {job.attacked}'
+        settings = hashlib.sha1(f'{known_settings(job.attack) or job.attack!r} {seed}{sees}'.encode()).hexdigest()[:8]
         name = job.name.replace('/', '_')
         return self.folder/f'{self.weights(job.model)}-{name}-{settings}'/batch.file
 
@@ -222,13 +224,18 @@ def _run_job(job, batch, tick):
     start,x,y = time.perf_counter(),batch.x,batch.y
     trace,logits,features = _natural(job, batch) if job.attack is None else _attacked(job, x, y, tick)
     logits = check_logits(logits, len(y), job.name)
-    part = dict(y=y.cpu(), pred=logits.argmax(1).cpu(), margin=logit_margin(logits, y).cpu())
+    pred = logits.argmax(1)
+    part = dict(y=y.cpu(), pred=pred.cpu(), margin=logit_margin(logits, y).cpu())
     part['flags'] = trace.flags
-    if trace.stage is not None: part['stage'] = trace.stage.cpu()
+    if trace.stage is not None: part['stage'] = _agreed(trace.stage, pred != y).cpu()
     if features is not None: part['features'] = features.float().cpu()
     if job.images: part['x_adv'] = trace.x_adv.cpu()
     part['seconds'] = time.perf_counter() - start # copies to the CPU have waited for the device
     return part
+
+def _agreed(stage, wrong):
+    "Which attack broke an image, where what the attack saw and the model itself differ on it by rounding"
+    return torch.where(wrong, stage.where(stage != -2, -1), -2)
 
 def _natural(job, batch):
     logits,features,_ = batch.natural(job.model)
@@ -236,7 +243,7 @@ def _natural(job, batch):
     return Trace(batch.x),logits,None if job.features is False else features
 
 def _attacked(job, x, y, tick): # what the attack did, logits, features
-    try: trace = run_attack(job.attack, job.model, x, y, tick)
+    try: trace = run_attack(job.attack, job.attacked or job.model, x, y, tick)
     except Exception as e:
         if has_gradient(job.model, x[:2]): raise
         raise ValueError(f'{job.name}: the model passes no gradient to its images (a no_grad or detach inside it), '

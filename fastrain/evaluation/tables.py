@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['results_table', 'main_and_rest', 'of_other_size', 'split_table', 'attack_table', 'topology_table', 'sizes_text',
-           'steps_text', 'markdown_table', 'evaluation_text']
+           'steps_text', 'markdown_table', 'evaluation_text', 'copies_text']
 
 # %% ../../nbs/evaluation/tables.ipynb #64ea4258
 import pandas as pd
@@ -216,10 +216,17 @@ def _notes(record) -> str:
     notes = [f'- {n}' for n in record['notes']]
     return '\n'.join(['Notes:', '', *notes])
 
+def copies_text(record) -> str:
+    "Which attacks looked at a copy of the model, and at which"
+    titles = {r['name']: r['title'] for r in record['rows']}
+    copies = ', '.join(f'{titles.get(k, k)} in {how}' for k,how in record['settings']['copies'].items())
+    return f'Attacks looked at a copy of the model ({copies}), and every figure is of the model itself.'
+
 def _about(record):
     "How many images, and the measures"
     settings = record['settings']
     text = f'{record["n"]} images ({settings["subset"]}), in eval mode.'
+    if 'copies' in settings: text += f' {copies_text(record)}'
     measures = [f'{title} {value}' for title,value in measure_texts(record, units=True).items()]
     if not measures: return text
     on = settings['l_tp_attack']
