@@ -71,7 +71,7 @@ def _record(run, method, learn, attacks, command) -> dict:
                 speed=learn.train_cb.speed.settings())
 
 # %% ../../nbs/runs/train.ipynb #c10c4002
-def _finish(run, attacks, command) -> list:
+def _finish(run, attacks, command, pictures='all') -> list:
     "Do what is left of a run"
     with run.lock():
         _mend(run)
@@ -82,7 +82,7 @@ def _finish(run, attacks, command) -> list:
             print(f'\n{method} ({run.recipe.backbone}, {run.recipe.epochs} epochs)')
             learn = train_method(run, method, [left])
             _enter(run, _record(run, method, learn, attacks, command))
-        show_run(run, run.results, 'all')
+        show_run(run, run.results, pictures)
     return run.results
 
 def _choose_speed(run):
@@ -143,7 +143,8 @@ def resume_run(
     methods=(), # Methods to add to those of the run
     attacks=None, # Attacks by name, under which what is left is evaluated; None: those of the run
     settings:dict=None, # Arguments of `make_recipe` that must agree with the run's, save for `path`, and `epochs`, which may grow
-    command:str=None # What was typed, for the report
+    command:str=None, # What was typed, for the report
+    pictures='all' # Names of those to draw, see `fastrain.runs.gallery.pictures`
 ) -> list: # A record per method, as in `results.json`
     "Do what is left of a run, and what is new in `methods`: nothing is trained or evaluated twice"
     settings = settings or {}
@@ -153,4 +154,4 @@ def resume_run(
         run.agree(given_settings(**settings), given)
         run.add(methods)
         left = given or recipe_attacks(run.recipe, run.settings.get('attacks', _attacks))
-        return _finish(run, left, command)
+        return _finish(run, left, command, pictures)
