@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['asked_experiments', 'warm_up_name', 'share_warm_up', 'data_fingerprint', 'code_revision', 'run_figures', 'row_folder',
-           'run_row', 'reproduce', 'states_text']
+           'run_row', 'reproduce', 'to_do', 'states_text']
 
 # %% ../../nbs/studies/reproduce.ipynb #4e9d0002
 import hashlib, json, os, re, shutil, subprocess
@@ -22,7 +22,7 @@ from ..runs.run import CHECKPOINTS, Run
 from ..runs.train import resume_run
 from ..evaluation.scores import Measure
 from .experiment import Experiment
-from .ledger import Ledger, Taken
+from .ledger import Ledger, Taken, row_identity
 from .paper import paper_tables
 from .rows import row_experiment, table_experiments
 from ..training.callback import TRAINCallback
@@ -191,7 +191,19 @@ def _run_and_enter(ledger, row, out, device):
     else:
         if not ledger.finish(row, **result): print('another process has taken this row over, which will enter it')
 
-# %% ../../nbs/studies/reproduce.ipynb #4e9d0014
+# %% ../../nbs/studies/reproduce.ipynb #4e9d000f
+def to_do(
+    experiments, # `Experiment`s
+    out, # Folder of the ledger
+    again:bool=False # As of `reproduce`
+) -> list: # `Experiment`s
+    "Those that are not done yet, without changing anything"
+    file = Path(out)/'ledger.sqlite'
+    if again or not file.is_file(): return list(experiments)
+    done = {(r['key'], r['scale'], r['seed'], r['changed']) for r in Ledger(file).rows() if r['state'] == 'done'}
+    return [e for e in experiments if row_identity(e) not in done]
+
+# %% ../../nbs/studies/reproduce.ipynb #4e9d0015
 def states_text(
     rows, # As of `reproduce`
     stale:float=600. # As of `Ledger`
