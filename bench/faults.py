@@ -121,7 +121,8 @@ def _sound(ended):
     if ended.status: raise RuntimeError(ended.text)
     return ended
 
-_timing = 'seconds', 'seconds_per_epoch', 'environment', 'time', 's/epoch'
+# measured by the clock, or what was typed: the second command has --resume
+_circumstances = 'seconds', 'seconds_per_epoch', 'environment', 'time', 's/epoch', 'command', 'commands'
 
 def outcome(folder) -> dict:
     "Everything in a folder that must be the same each time: tensors, figures and tables by file; the names of the rest"
@@ -135,8 +136,8 @@ def _content(file):
     return file.stat().st_size > 0
 
 def _untimed(o):
-    "`o` without what was measured by the clock; tensors as numbers"
-    if isinstance(o, dict): return {k: _untimed(v) for k,v in o.items() if k not in _timing}
+    "`o` without what differs from time to time; tensors as numbers"
+    if isinstance(o, dict): return {k: _untimed(v) for k,v in o.items() if k not in _circumstances}
     if isinstance(o, (list, tuple)): return [_untimed(v) for v in o]
     if isinstance(o, Tensor): return o.dtype, o.shape, o.contiguous().numpy().tobytes()
     return repr(o)

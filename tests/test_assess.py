@@ -18,7 +18,7 @@ from fastrain.runs.compare import _figures, _measured, _pairs, compare_runs, pai
 from fastrain.runs.evaluate import evaluate_any, evaluate_run, load_any, rescore_run
 from fastrain.runs.gallery import Exhibits, draw_pictures, picture, pictures
 from fastrain.runs.recipe import make_recipe
-from fastrain.runs.report import Section, html_page, sort_tables, write_report
+from fastrain.runs.report import ReportSection, html_page, sort_tables, write_report
 from fastrain.runs.run import Run, checkpoint_in_run
 from fastrain.runs.train import train_run
 
@@ -302,12 +302,13 @@ def test_page_is_self_contained(runs):
     assert page.startswith('<!doctype html>') and '<title>digits: standard' in page and '<table>' in page
     assert page.count('data:image/png;base64,') == len(PICTURES) and not re.search(r'(src|href)="(?!data:)', page)
     script = '<script>alert(1)</script>'
-    assert script not in html_page(Section(script, script, [Section(script)]), runs)
+    assert script not in html_page(ReportSection(script, script, [ReportSection(script)]), runs)
 
 def test_page_is_folded_and_sorts(tmp_path):
     "Settings behind their title, two parts beside each other, the script that the site has, too"
-    parts = [Section('Settings', '`bs` is 3.', folded=True), None, Section('Pictures', parts=[Section('', 'a'), Section('', 'b')])]
-    page = Section('at & more', 'Text.', parts)
+    pictures = ReportSection('Pictures', parts=[ReportSection('', 'a'), ReportSection('', 'b')])
+    parts = [ReportSection('Settings', '`bs` is 3.', folded=True), None, pictures]
+    page = ReportSection('at & more', 'Text.', parts)
     text = html_page(page, tmp_path)
     assert '<title>at &amp; more</title>' in text and '<summary><h2>Settings</h2></summary>' in text and sort_tables in text
     assert text.count('<div class="parts">') == 1 and 'http' not in text

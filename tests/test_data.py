@@ -475,7 +475,7 @@ def test_one_small_image_does_not_decide_the_size(tmp_path):
 
 def test_few_sizes_are_looked_at(folder, monkeypatch):
     looked_at = []
-    monkeypatch.setattr(sources, 'image_size', lambda f: looked_at.append(f) or (32, 32))
+    monkeypatch.setattr(sources, 'stored_size', lambda f: looked_at.append(f) or (32, 32))
     monkeypatch.setattr(sources, '_LOOKED_AT', 10)
     small(folder)
     assert len(looked_at) <= 10 and {f.parent.parent.name for f in looked_at} == {'train', 'test'}

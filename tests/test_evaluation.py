@@ -858,7 +858,7 @@ def test_imports():
     code = 'import sys, fastrain.evaluation.evaluate; print(*(m for m in sys.modules if m.startswith("fastrain.")))'
     names = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
     wings = {f'fastrain.{w}' for w in ('attacks', 'data', 'evaluation', 'models', 'pieces')}
-    assert len({*names} - wings) <= 13
+    assert len({*names} - wings - {'fastrain.names'}) <= 13 # `names` is the part of `core` that the command line needs before torch
     assert not any(n.startswith(('fastrain.training', 'fastrain.runs', 'fastrain.pieces')) for n in names)
 
 @pytest.mark.slow # a process of its own

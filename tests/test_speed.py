@@ -17,7 +17,7 @@ from fastrain.runs.run import Run
 from fastrain.runs.train import _choose_speed, start_run, train_method
 from fastrain.speed import fast
 from fastrain.speed.fast import Trial, choose, choice_text, is_as_strong, machine, take_turns
-from fastrain.speed.options import Precision, Speed
+from fastrain.speed.options import DevicePrecision, Speed
 from fastrain.speed.replica import Replica, current, find_pairs, make_replica
 from fastrain.training.callback import TRAINCallback
 from fastrain.training.schedules import torch_sgd
@@ -156,9 +156,9 @@ def test_bfloat16_on_a_cpu():
 
 def test_to_speed_replaces_what_was_set():
     learn = make_learner(digit_dls(), net(), cbs=TRAINCallback(None)).to_speed(Speed('bf16', channels_last=True, fold=True))
-    assert [type(cb) for cb in learn.cbs[-2:]] == [Precision, ChannelsLast] and learn.train_cb.speed.fold
+    assert [type(cb) for cb in learn.cbs[-2:]] == [DevicePrecision, ChannelsLast] and learn.train_cb.speed.fold
     learn.to_speed()
-    assert not any(isinstance(cb, (Precision, ChannelsLast)) for cb in learn.cbs) and learn.train_cb.speed == Speed()
+    assert not any(isinstance(cb, (DevicePrecision, ChannelsLast)) for cb in learn.cbs) and learn.train_cb.speed == Speed()
     with pytest.raises(ValueError, match='needs a GPU'): learn.to_speed(Speed('fp16'))
 
 # --- as strong

@@ -20,7 +20,7 @@ from ..core import check_number, lookup
 from .cifar import cifar_layout, read_cifar
 from .folders import images_in, read_folder
 from .parts import pick_balanced, split_rows
-from .pixels import Images, PixelDataLoaders, decode_cached, decode_images, image_size, pixel_dls
+from .pixels import Images, PixelDataLoaders, decode_cached, decode_images, stored_size, pixel_dls
 
 # %% ../../nbs/data/sources.ipynb #d55b8905
 def read_tiny(
@@ -145,7 +145,7 @@ _LOOKED_AT = 500 # Files whose size is looked at
 def _usual_size(items) -> tuple: # height, width
     "The commonest size of the images that are small, if half of them are; else one that is large"
     if not isinstance(items, list): return items.shape[1:3]
-    sizes = [image_size(f) for f in items[::math.ceil(len(items)/_LOOKED_AT)]]
+    sizes = [stored_size(f) for f in items[::math.ceil(len(items)/_LOOKED_AT)]]
     usual = statistics.median_low(map(max, sizes))
     return Counter(s for s in sizes if (max(s) <= _SMALL_SIDE) == (usual <= _SMALL_SIDE)).most_common(1)[0][0]
 

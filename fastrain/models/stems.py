@@ -23,7 +23,7 @@ def height_and_width(
     "The two sides of images in pixels"
     return tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
 
-def image_size(x:Tensor):
+def batch_img_size(x:Tensor):
     "The size of images (N,C,H,W): a number for square ones, else (height, width)"
     height,width = x.shape[-2:]
     return height if height == width else (height, width)

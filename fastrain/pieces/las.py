@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..attacks.pgd import PGD, Plan, norms, starts
 from ..core import check_number, eval_mode, fork_rng, lookup, peek_batch, upcast
 from ..models.backbone import create_backbone, load_weights
-from ..models.stems import image_size
+from ..models.stems import batch_img_size
 from .base import Step, Views
 from .losses import AT
 from .strategies import Strategy
@@ -175,7 +175,7 @@ def _build(self:LAS, x):
     n_choices = sum(map(len, self._choices.values()))
     net = self.net
     if isinstance(net, str):
-        with fork_rng(): net = create_backbone(net, n_choices, img_size=image_size(x), in_chans=x.shape[1])
+        with fork_rng(): net = create_backbone(net, n_choices, img_size=batch_img_size(x), in_chans=x.shape[1])
     with eval_mode(net.to(x)), torch.no_grad(): got = tuple(net(x).shape[1:])
     if got != (n_choices,):
         each = ', '.join(f'{len(c)} for {n}' for n,c in self._choices.items())

@@ -17,7 +17,7 @@ from ..evaluation.record import read_evaluation
 from ..evaluation.scores import Measure, mcnemar, mean_spread
 from ..evaluation.tables import markdown_table, of_other_size, split_table
 from .plots import plot_tradeoff, save_figure
-from .report import Section, commands_text, pictures_section, save_page
+from .report import ReportSection, commands_text, pictures_section, save_page
 from .run import Run, lock_folder, method_in
 
 # %% ../../nbs/runs/compare.ipynb #dc454ead
@@ -299,10 +299,10 @@ def compare_runs(
         has_picture = _draw_tradeoff(figures, _robust_title(measured), out)
         means,rest = _means_sections(table, measured)
         pictures = pictures_section(out) if has_picture else None
-        beside = Section('', parts=[pictures, _tests_section(tests)])
+        beside = ReportSection('', parts=[pictures, _tests_section(tests)])
         parts = [means, rest, beside, _differences_section(runs)]
         lead = commands_text([command] if command else [])
-        save_page(out, Section(', '.join(_names_of(runs)), lead, parts))
+        save_page(out, ReportSection(', '.join(_names_of(runs)), lead, parts))
     return table
 
 def _each_once(folders) -> list:
@@ -360,13 +360,13 @@ def _means_sections(table, measured) -> tuple: # of the runs' ε, of other ones
     main,rest = split_table(table, rows, other)
     some = table.map(lambda v: '(of ' in str(v)).any(axis=None)
     fewer = ' A figure "(of 1)" is of so many of the seeds.' if some else ''
-    means = Section('Accuracy', _MEANS.substitute(fewer=fewer, table=markdown_table(main)))
+    means = ReportSection('Accuracy', _MEANS.substitute(fewer=fewer, table=markdown_table(main)))
     if rest is None: return means,None
-    return means,Section('Other sizes of ε', markdown_table(rest), folded=True)
+    return means,ReportSection('Other sizes of ε', markdown_table(rest), folded=True)
 
 def _tests_section(tests):
     if tests is None: return None
-    return Section('On the same images', _TESTS.substitute(table=markdown_table(_test_table(tests))))
+    return ReportSection('On the same images', _TESTS.substitute(table=markdown_table(_test_table(tests))))
 
 def _differences_section(runs):
     by_run = {}
@@ -374,4 +374,4 @@ def _differences_section(runs):
         by_run[name] = {k: json.dumps(v) for k,v in run.recipe.settings().items()}
     settings = pd.DataFrame(by_run)
     differ = settings[settings.nunique(axis=1) > 1].rename_axis('setting')
-    return Section('Settings that differ', markdown_table(differ) if len(differ) else 'None.')
+    return ReportSection('Settings that differ', markdown_table(differ) if len(differ) else 'None.')

@@ -26,11 +26,11 @@ from torch import Tensor, distributed, nn
 from ..attacks.pgd import as_attack
 from ..core import peek_batch, upcast
 from ..models.features import FeatureCapture, n_outputs
-from ..models.stems import image_size
+from ..models.stems import batch_img_size
 from ..pieces.base import CrossEntropy, Output, Step, Training, Views, check_flag, order_of_passes
 from ..pieces.losses import AT
 from ..pieces.relations import Topology
-from ..speed.options import Precision, Speed
+from ..speed.options import DevicePrecision, Speed
 from ..speed.replica import current, make_replica
 from .batches import BatchWatch
 from .checkpoint import Checkpoint
@@ -164,7 +164,7 @@ def _check_callbacks(self:TRAINCallback):
                          'remove one, `learn.remove_cbs(TRAINCallback)` removes both')
     if callback_of(self.learn, MixHandler):
         raise ValueError('MixUp and CutMix mix images after they were attacked, with labels that the attack did not see: remove them')
-    if mixed and not isinstance(mixed, Precision) and not torch.cuda.is_available():
+    if mixed and not isinstance(mixed, DevicePrecision) and not torch.cuda.is_available():
         warnings.warn('This mixed precision works on CUDA GPUs alone, and there is none: this training computes in float32, as without it. '
                       '`learn.to_bf16()` works on a CPU, too')
 
@@ -180,7 +180,7 @@ def _n_classes(self:TRAINCallback): return getattr(self.dls, 'c', None) or n_out
 def _build_standard(self:TRAINCallback, n_classes, x):
     if not self.policy: return
     if x.ndim != 4: raise ValueError(f'Images have shape {tuple(x.shape)}; with a standard model, (N, channels, height, width) is expected')
-    self.policy.build(self.learn, n_classes, image_size(x), x.device, x.shape[1])
+    self.policy.build(self.learn, n_classes, batch_img_size(x), x.device, x.shape[1])
     if self.policy.trains: check_classes(self.policy.model, n_classes, 'standard')
     check_features(self.policy.model, 'standard')
     check_channels(self.policy.model, x, 'standard')

@@ -67,8 +67,8 @@ class LogRows(Callback):
     "What `ProgressCallback` writes, without its bars"
     order = ProgressCallback.order
     def before_fit(self):
-        self.logger = self.learn.logger
-        if self.logger is noop: return
+        self.logger_before = self.learn.logger
+        if self.logger_before is noop: return
         self.learn.logger = self.write
         self.widths = [max(9, len(name)) for name in self.recorder.metric_names]
         self.write(self.recorder.metric_names)
@@ -78,7 +78,7 @@ class LogRows(Callback):
         left = getattr(self.learn, 'time_left', '') if row[0] != 'epoch' else ''
         print('  '.join([*(c.ljust(w) for c,w in zip(cells, self.widths)), str(left)]).rstrip())
 
-    def after_fit(self): self.learn.logger = self.logger
+    def after_fit(self): self.learn.logger = self.logger_before
 
 # %% ../../nbs/training/progress.ipynb #da40000a
 @contextmanager
