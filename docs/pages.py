@@ -15,7 +15,8 @@ proc = root/'_proc' # where nbdev leaves its pages
 
 wings = dict( # in the order in which they are read; a folder that is not named here stands at the end
     names='Names as users type them', core='What everything stands on', data='Images', models='Networks', attacks='The adversary',
-    pieces='Pieces of methods', speed='Speed', training='Training', evaluation='Evaluation', runs='Runs, pictures and reports', cli='Command line')
+    pieces='Pieces of methods', speed='Speed', training='Training', evaluation='Evaluation', runs='Runs, pictures and reports',
+    studies="The paper's tables, and studies of many runs", cli='Command line')
 lessons = dict(learn='Learn', method='The method') # folders of notebooks that are no modules; those in no folder belong to the first
 reading_order = ( # of lessons; others follow by name
     'folder', 'reading', 'choosing', 'own_code', 'own_pieces', 'going_on', 'gpu',

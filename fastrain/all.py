@@ -50,7 +50,11 @@ from fastrain.runs.images import *
 from fastrain.runs.mistakes import *
 from fastrain.runs.interpret import *
 from fastrain.runs.report import *
+from fastrain.runs.recipe_file import *
 from fastrain.runs.run import *
 from fastrain.runs.evaluate import *
 from fastrain.runs.train import *
 from fastrain.runs.compare import *
+from fastrain.studies.experiment import *
+from fastrain.studies.paper import paper_row, paper_table, paper_tables, printed_number # not Row, which is that of an evaluation
+from fastrain.studies.rows import *

@@ -55,7 +55,7 @@ class Recipe:
     warmup:int = None # Epochs that M trains alone first; None: as many as epochs
     eval_eps:float = None # Size of the perturbation in evaluation; None: as eps
     eval_alpha:float = None # Step size of evaluation; None: a tenth of eval_eps
-    holdout:float = None # Share or number of training images to choose the best epoch on; 0: the test images. None: a tenth, or the data's own
+    holdout:float = None # Share or number of training images that choose the best epoch, 0: the test set does; None: a tenth or valid/
     n_train:int = None # Training images, equally many per class; None: all
     n_test:int = None # Test images; None: all
     n_valid:int = 1000 # Validation images attacked after each epoch

@@ -24,6 +24,7 @@ from ..evaluation.record import read_record
 from ..models.backbone import load_weights
 from ..models.stored import stored_backbone
 from .recipe import Recipe, bound_to_length, check_recipe, make_recipe, recipe_dls
+from .recipe_file import recipe_toml
 from ..training.checkpoint import averaged_weights, read_state, standard_state
 from ..training.methods import Method, canonical, parse_method
 from ..training.standard import trained_standard
@@ -203,7 +204,8 @@ def create(cls:Run,
 
 @patch
 def save(self:Run):
-    "Write `settings.json`"
+    "Write `settings.json`, and the same recipe as a text to edit and give back"
+    save_text(self.out/'recipe.toml', recipe_toml(self.recipe, self.methods, self.settings.get('attacks', ())))
     save_json(self.out/'settings.json', self.plain_settings())
 
 @patch
