@@ -7,7 +7,7 @@ __all__ = ['count_flops', 'StepCost', 'measure_step', 'evaluation_passes', 'Cost
            'check_room']
 
 # %% ../../nbs/studies/cost.ipynb #c0570002
-import functools, hashlib, json, math, os, shutil, time
+import functools, hashlib, json, math, shutil, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import eval_mode, fork_rng, read_json, save_json
-from ..evaluation.tables import markdown_table
 from ..runs.evaluate import recipe_attacks
 from ..runs.recipe import Recipe, recipe_dls, recipe_learner
 from .experiment import Experiment
@@ -212,9 +211,7 @@ class Cost:
     @property
     def flops(self): return self.training + self.alone + self.evaluation
     @property
-    def seconds(self):
-        "As fast as the step that was measured"
-        return self.flops*self.step.seconds/self.step.flops
+    def pace(self): return self.step.seconds/self.step.flops # seconds of a FLOP: as fast as the step that was measured
 
 def experiment_cost(
     e:Experiment,
@@ -238,22 +235,21 @@ class StudyCost:
     costs:list # A `Cost` each
 
     @property
-    def flops(self): return sum(c.flops for c in self.costs) - self._saved('flops')
+    def flops(self): return sum(c.training + c.evaluation for c in self.costs) + sum(c.alone for c in self._alone)
     @property
-    def seconds(self): return sum(c.seconds for c in self.costs) - self._saved('seconds')
+    def training(self): return sum(c.training*c.pace for c in self.costs) + sum(c.alone*c.pace for c in self._alone) # seconds
+    @property
+    def evaluation(self): return sum(c.evaluation*c.pace for c in self.costs) # seconds, at most
     @property
     def memory(self): return max(c.memory for c in self.costs)
     @property
     def disk(self): return sum(c.disk for c in self.costs)
 
-    def _saved(self, what) -> float:
-        "Standard models that train alone are made once for all rows that share them"
+    @property
+    def _alone(self) -> list:
+        "One of each standard model that trains alone: rows share them"
         from fastrain.studies.reproduce import warm_up_name
-        groups,saved = {},0.
-        for c in self.costs: groups.setdefault(warm_up_name(c.experiment.recipe), []).append(c)
-        for same in groups.values():
-            for c in [c for c in same if c.alone][1:]: saved += c.alone*(c.seconds/c.flops if what == 'seconds' else 1)
-        return saved
+        return {warm_up_name(c.experiment.recipe): c for c in self.costs if c.alone}.values()
 
 def study_cost(
     experiments, # `Experiment`s
@@ -283,7 +279,9 @@ def _space(n) -> str: return f'{n/1e9:.1f} GB' if n >= 1e9 else f'{math.ceil(n/1
 def text(self:StudyCost) -> str:
     "In words, with a line for each kind of experiment"
     n = len(self.costs)
-    total = (f'{n} experiment{"s"*(n > 1)}: {self.flops:.1e} FLOPs, about {_span(self.seconds)} on this machine by the steps measured, '
+    total = (f'{n} experiment{"s"*(n > 1)}: {self.flops:.1e} FLOPs, '
+             f'by the steps measured on this machine about {_span(self.training)} of training and '
+             f'at most {_span(self.evaluation)} of evaluation (a robust model takes AutoAttack that long), '
              f'up to {_space(self.memory)} of memory, {_space(self.disk)} of disk')
     return f'{total}\n\n{self.table().to_string(index=False)}'
 
@@ -299,7 +297,7 @@ def table(self:StudyCost) -> pd.DataFrame:
 def _kind_row(method, data, backbone, epochs, costs) -> dict:
     c = costs[0]
     return dict(method=method, data=data, backbone=backbone, epochs=epochs, rows=len(costs),
-                **{'training, FLOPs': f'{c.training:.1e}', 'evaluation, FLOPs': f'{c.evaluation:.1e}', 'each': _span(c.seconds)})
+                **{'training, FLOPs': f'{c.training:.1e}', 'evaluation, FLOPs': f'{c.evaluation:.1e}', 'an epoch': _span(c.training*c.pace/c.experiment.recipe.epochs)})
 
 def check_room(
     cost:StudyCost,

@@ -85,7 +85,8 @@ def share_warm_up(
     _link(file, own)
 
 def _warm_up(learn):
-    with learn.no_bar(): learn.fit(1)
+    print(f'standard model alone, for all rows that share it: {learn.train_cb.policy.warmup} epochs', flush=True)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
 
 def _link(file, place):
     "The same file at another place, or a copy where the file system has no links"
