@@ -19,7 +19,7 @@ fork = multiprocessing.get_context('fork') if hasattr(os, 'fork') else None
 slow = pytest.mark.slow
 NATURAL = dict(which='last', figure='natural', title='natural', value=.5, low=.4, high=.6, n=100)
 
-def experiments(n, **kwargs): return [Experiment(f'5/{i}', make_recipe(epochs=1, seed=i), 'at', ('natural',), 'tiny', **kwargs) for i in range(n)]
+def experiments(n): return [Experiment(f'5/{i}', make_recipe(epochs=1, seed=i), 'at', ('natural',), 'tiny') for i in range(n)]
 
 @pytest.fixture
 def file(tmp_path): return tmp_path/'ledger.sqlite'
