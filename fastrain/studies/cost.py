@@ -296,8 +296,9 @@ def table(self:StudyCost) -> pd.DataFrame:
 
 def _kind_row(method, data, backbone, epochs, costs) -> dict:
     c = costs[0]
-    return dict(method=method, data=data, backbone=backbone, epochs=epochs, rows=len(costs),
-                **{'training, FLOPs': f'{c.training:.1e}', 'evaluation, FLOPs': f'{c.evaluation:.1e}', 'an epoch': _span(c.training*c.pace/c.experiment.recipe.epochs)})
+    row = dict(method=method, data=data, backbone=backbone, epochs=epochs, rows=len(costs))
+    row |= {'training, FLOPs': f'{c.training:.1e}', 'evaluation, FLOPs': f'{c.evaluation:.1e}'}
+    return row | {'an epoch': _span(c.training*c.pace/epochs)}
 
 def check_room(
     cost:StudyCost,
@@ -308,4 +309,5 @@ def check_room(
     while not place.exists(): place = place.parent
     free = shutil.disk_usage(place).free
     if free >= cost.disk: return
-    raise OSError(f'{out}: there are {_space(free)} free, and {_space(cost.disk)} are needed. Make space, or choose a folder on another disk')
+    raise OSError(f'{out}: there are {_space(free)} free, and {_space(cost.disk)} are needed. '
+                  'Make space, or choose a folder on another disk')

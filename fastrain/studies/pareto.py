@@ -244,9 +244,9 @@ def plot_fronts(
     return fig
 
 # %% ../../nbs/studies/pareto.ipynb #9a7e0016
-_LEAD = '''Each family is a method over values of one setting, each trained with the same data, network, epochs and seeds. A family is compared
-with the common front of the families without a standard model: at equal robust accuracy, the mean difference of natural accuracy over the range that
-both have. A method with a standard model trains that one, too, so its seconds are more.'''
+_LEAD = '''Each family is a method over values of one setting, all trained with the same data, network, epochs and seeds. A family is
+compared with the common front of the families without a standard model: at equal robust accuracy, the mean difference of natural
+accuracy over the range that both have. A method with a standard model trains that one, too, so it takes more seconds.'''
 
 def pareto_report(
     places, # Ledgers, or their folders

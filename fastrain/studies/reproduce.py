@@ -51,7 +51,8 @@ def _meant(word, scale, seeds, changed):
 def _one_data_set(pairs, path):
     names = sorted({e.recipe.data for _,e in pairs})
     if path is None or len(names) == 1: return pairs
-    raise ValueError(f'path={path}: it can hold one data set, and these rows have {", ".join(names)}. Run them one data set after the other')
+    raise ValueError(f'path={path}: it can hold one data set, and these rows have {", ".join(names)}. '
+                     'Run them one data set after the other')
 
 def _at_path(e, path): return e if path is None else replace(e, recipe=replace(e.recipe, path=str(path)))
 
