@@ -33,6 +33,8 @@ def check_files(wheel, sdist):
                              capture_output=True, text=True, check=True).stdout.split()
     missing = sorted(set(tracked) - set(source))
     assert not missing, f'The sdist lacks {missing}'
+    missing = sorted({f for f in tracked if f.startswith('fastrain/')} - set(inside))
+    assert not missing, f'The wheel lacks {missing}'
 
 def check_use(wheel, folder):
     "In an environment that holds nothing else; needs uv, and what fastrain requires from an index"

@@ -1,5 +1,5 @@
 """Builds the site: `pip install -e '.[docs]' && python docs/build.py`. It is then in docs/_build/html"""
-import argparse, ast, os, re, shutil, subprocess, sys, time
+import argparse, ast, json, os, re, shutil, subprocess, sys, time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -61,12 +61,19 @@ def alive(file, link, found):
     return target.is_file() and (not parts.fragment or target not in found or unquote(parts.fragment) in found[target].ids)
 
 def unnamed(found):
-    "Public names that no page describes"
+    "Public names that no page describes, and those that the search does not find"
     from sphinx.util.inventory import InventoryFile
     import posixpath
     with open(site/'objects.inv', 'rb') as f: inventory = InventoryFile.load(f, '', posixpath.join)
     described = {name for kind,names in inventory.items() if kind.startswith('py:') for name in names}
-    return [f'{p.module}.{n}' for p in found.values() for n in p.public if f'{p.module}.{n}' not in described]
+    public = [f'{p.module}.{n}' for p in found.values() for n in p.public]
+    return sorted(set(public) - described), sorted(set(public) - searchable())
+
+def searchable():
+    "Full names that the search finds"
+    text = (site/'searchindex.js').read_text(encoding='utf-8')
+    objects = json.loads(text.removeprefix('Search.setIndex(').removesuffix(')'))['objects']
+    return {'.'.join(filter(None, [prefix, entry[4]])) for prefix,entries in objects.items() for entry in entries}
 
 
 def stale_messages():
@@ -98,7 +105,9 @@ def main():
     found = write_sources()
     say('Sphinx')
     run_sphinx(args.workers)
-    wrong = [f'dead link in {o}' for o in dead_links()] + [f'no page describes {o}' for o in unnamed(found)]
+    undescribed,unfound = unnamed(found)
+    wrong = [f'dead link in {o}' for o in dead_links()]
+    wrong += [f'no page describes {o}' for o in undescribed] + [f'the search does not find {o}' for o in unfound]
     wrong += [f'docs/questions.md shows a message that the code does not have: {o}' for o in stale_messages()]
     if wrong: sys.exit('\n'.join(wrong))
     say(f'{len(list(site.rglob("*.html")))} pages in {site.relative_to(pages.root)}: no warning, no dead link, every public name described')

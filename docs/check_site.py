@@ -173,6 +173,15 @@ def turn_dark(reader):
     reader.look()
     reader.b.execute_script('localStorage.clear()')
 
+def menu_on_a_phone(reader):
+    "What stands above and beside a page on a screen is behind a button there"
+    reader.width(400)
+    reader.open('training/callback.html')
+    shown(reader, '.primary-toggle')[0].click()
+    for target in ('learn/index.html', 'attacks/index.html'):
+        reader.wait(lambda b: shown(reader, f'a[href*="{target}"]'), f'{target} in the menu')
+    reader.console()
+
 def shown(reader, selector): return [e for e in reader.b.find_elements(By.CSS_SELECTOR, selector) if e.is_displayed()]
 
 def every_page(reader, width):
@@ -184,6 +193,7 @@ def every_page(reader, width):
         reader.look()
 
 def screenshots(reader, folder):
+    "Each kind of page, wide and narrow, light and dark"
     folder.mkdir(parents=True, exist_ok=True)
     for width in (1300, 400):
         reader.width(width)
@@ -191,11 +201,9 @@ def screenshots(reader, folder):
             reader.open(page)
             reader.formulas()
             if kind == 'search': time.sleep(2)
-            reader.picture(folder/f'{kind}-{width}.png')
-    for kind in ('first', 'module', 'results'): # and in the dark
-        reader.open(kinds[kind])
-        reader.b.execute_script('document.documentElement.dataset.mode = document.documentElement.dataset.theme = "dark"')
-        reader.picture(folder/f'{kind}-dark.png')
+            for mode in ('light', 'dark'):
+                reader.b.execute_script(f'document.documentElement.dataset.mode = document.documentElement.dataset.theme = "{mode}"')
+                reader.picture(folder/f'{kind}-{width}-{mode}.png')
 
 
 def look_at_report(file):
@@ -229,9 +237,10 @@ def main():
         click_through(reader)
         sort_a_table(reader)
         turn_dark(reader)
+        menu_on_a_phone(reader)
         every_page(reader, 400)
         every_page(reader, 1300)
     if reader.wrong: sys.exit('\n'.join(reader.wrong))
-    print(f'The site is as it should be: search, links, sorted tables, dark mode, all pages at 400 and 1300 pixels ({time.time() - began:.0f} s)')
+    print(f'The site is as it should be: search, links, sorted tables, dark mode, the menu of a phone, all pages at 400 and 1300 pixels ({time.time() - began:.0f} s)')
 
 if __name__ == '__main__': main()

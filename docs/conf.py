@@ -21,6 +21,7 @@ extensions = [
 ]
 nb_execution_mode = 'off' # outputs are those that the notebooks hold; `nbdev-test` checks them
 nb_merge_streams = True
+highlight_language = 'none' # of blocks that name no language: what is printed is not Python
 nb_render_markdown_format = 'myst' # tables among the outputs, which plain CommonMark has not
 myst_enable_extensions = ['dollarmath', 'amsmath', 'attrs_inline', 'attrs_block', 'colon_fence', 'deflist', 'fieldlist']
 myst_heading_anchors = 4

@@ -1,10 +1,9 @@
 "Pages of the site: those that nbdev makes of the notebooks, in the form that Sphinx reads, and those that are made from the code"
-import importlib, inspect, json, posixpath, re
+import base64, importlib, inspect, json, posixpath, re
 from functools import cached_property
 from pathlib import Path
 
 from fastcore.docments import docments
-from fastcore.script import anno_parser
 import yaml
 
 import pictures
@@ -13,15 +12,17 @@ docs = Path(__file__).resolve().parent
 root = docs.parent
 proc = root/'_proc' # where nbdev leaves its pages
 
-wings = dict( # in the order in which they are read; a folder that is not named here stands at the end
-    names='Names as users type them', core='What everything stands on', data='Images', models='Networks', attacks='The adversary',
-    pieces='Pieces of methods', speed='Speed', training='Training', evaluation='Evaluation', runs='Runs, pictures and reports',
-    studies="The paper's tables, and studies of many runs", cli='Command line')
 lessons = dict(learn='Learn', method='The method') # folders of notebooks that are no modules; those in no folder belong to the first
 reading_order = ( # of lessons; others follow by name
     'folder', 'reading', 'choosing', 'own_code', 'own_pieces', 'going_on', 'gpu',
     'train', 'losses', 'adversaries', 'relations', 'weights', 'threats')
 
+
+def wings():
+    "`{folder: what stands in it}`, from the table in README.md"
+    table = (root/'README.md').read_text(encoding='utf-8').partition('| wing |')[2].partition('\n\n')[0]
+    rows = re.findall(r'^\| (`.+`) \| (.+) \|$', table, re.M)
+    return {name: words for names,words in rows for name in re.findall(r'`(\w+)`', names)}
 
 def markdown(text, **metadata): return dict(cell_type='markdown', metadata=metadata, source=text)
 def block(text): return '```{eval-rst}\n' + text + '\n```'
@@ -125,10 +126,19 @@ class Page:
         o = self.public[name]
         if inspect.isclass(o): return f'.. autoclass:: {self.module}.{name}\n'
         if inspect.isfunction(o): return f'.. autofunction:: {self.module}.{name}\n'
-        said = re.search(rf'^{name}\s*=.*?\s#\s*(.+)$', inspect.getsource(importlib.import_module(self.module)), re.M)
         keys = ', '.join(map(str, o)) if isinstance(o, (dict, set)) and len(o) <= 40 else '' # what a registry holds
-        words = '. '.join(filter(None, [said and said[1].rstrip(':'), keys])) or 'A constant of the module'
+        words = '. '.join(filter(None, [self.comment(name).rstrip(':'), keys])) or 'A constant of the module'
         return f'.. py:data:: {name}\n\n   {re.sub(r"([*_|`])", chr(92) + chr(92) + "1", words)}\n'
+
+    def comment(self, name):
+        "What stands beside a constant"
+        said = re.search(rf'^{name}\s*=.*?\s#\s*(.+)$', inspect.getsource(importlib.import_module(self.module)), re.M)
+        return said[1] if said else ''
+
+    def summary(self, name):
+        "A public name in one line"
+        o = self.public[name]
+        return first_line(o) if inspect.isclass(o) or inspect.isfunction(o) else self.comment(name) or 'A constant'
 
 
 def line_of(o):
@@ -154,8 +164,18 @@ def code(cell, source, link):
     tags = [tag for name,tag in effects.items() if directives.get(name) == 'false']
     source = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
     outputs = [dict(o, execution_count=None) if o['output_type'] == 'execute_result' else o for o in cell['outputs']]
+    metadata = dict(tags=tags)
+    if width := next(filter(None, map(picture_width, outputs)), None): metadata['mystnb'] = dict(image=dict(width=f'{width}px'))
     for data in (o['data'] for o in outputs if 'text/markdown' in o.get('data', {})): data['text/markdown'] = link(''.join(data['text/markdown']))
-    return dict(cell_type='code', execution_count=None, metadata=dict(tags=tags), source=source, outputs=outputs)
+    return dict(cell_type='code', execution_count=None, metadata=metadata, source=source, outputs=outputs)
+
+def picture_width(output):
+    "In pixels of the page, so that letters in a figure are about as large as those of the text, and no pixel is blown up"
+    data = output.get('data', {})
+    said = re.match(r'<Figure size (\d+)x', ''.join(data.get('text/plain', '')))
+    if not said or 'image/png' not in data: return None
+    there = int.from_bytes(base64.b64decode(data['image/png'][:32])[16:20], 'big') # the width in a PNG's first chunk
+    return min(there, round(1.2*int(said[1])))
 
 def links(text, page, pages):
     "nbdev's links to names become references, and those to pages lead to the notebooks of this site"
@@ -179,11 +199,13 @@ def read_pages():
     return {p.name: p for p in pages}
 
 def by_folder(pages):
-    "`{folder: pages}`, wings in their order, then lessons"
+    "`{folder: pages}`: wings from the lowest to the highest, then lessons"
     found = {}
     for p in pages.values(): found.setdefault(p.folder, []).append(p)
-    order = [*wings, *(f for f in found if f not in wings)]
-    return {f: found[f] for f in order if f in found}
+    height = pictures.heights(pictures.wing_imports())
+    named = list(wings())
+    def place(f): return height.get(f, 99), named.index(f) if f in named else 99 # wings of one height as README.md has them
+    return {f: found[f] for f in sorted(found, key=place)}
 
 def is_wing(pages): return any(p.module for p in pages)
 
@@ -202,66 +224,70 @@ def reference_pages(pages):
 def alone(folder, pages): return [p.name for p in pages] == [folder]
 def entry(folder, pages): return f'{folder} </{folder}>' if alone(folder, pages) else f'{folder} </{folder}/index>'
 
-def wing_title(folder):
-    "Such as 'attacks: the adversary'"
-    words = wings.get(folder, 'modules')
-    return folder if words.lower() == folder else f'{folder}: {words[0].lower()}{words[1:]}'
-
 def wing_page(folder, pages):
     rows = [f'| [{p.title}](/{p.name}.ipynb) | {p.subtitle} |' for p in pages]
-    head = [f'# {wing_title(folder)}', '', '| module | what it is for |', '| --- | --- |']
+    head = [f'# {folder}', '', f'{{.lead}}\n{sentence(folder)}', '', '| module | what it is for |', '| --- | --- |']
     return '\n'.join([*head, *rows, '', toctree([f'{p.title} </{p.name}>' for p in pages])])
+
+def sentence(folder):
+    words = wings().get(folder, f'the modules of {folder}')
+    return words[:1].upper() + words[1:]
 
 def reference_page(groups):
     cards = []
     for f,ps in groups.items():
         link = f'/{f}' if alone(f, ps) else f'/{f}/index'
-        body = ps[0].subtitle if alone(f, ps) else ', '.join(p.title for p in ps)
-        cards.append(f':::{{grid-item-card}} {wing_title(f)}\n:link: {link}\n:link-type: doc\n\n{body}\n:::')
+        body = sentence(f) if alone(f, ps) else f'{sentence(f)}\n\n*' + ', '.join(p.title for p in ps) + '*'
+        cards.append(f':::{{grid-item-card}} {f}\n:link: {link}\n:link-type: doc\n\n{body}\n:::')
     text = (docs/'reference.md').read_text(encoding='utf-8')
     entries = ['names', 'commands', 'pieces', 'files', *(entry(f, ps) for f,ps in groups.items())]
     return text.replace('<!-- wings -->', '::::{grid} 1 1 2 3\n:gutter: 2\n\n' + '\n'.join(cards) + '\n::::') + '\n' + toctree(entries)
 
 def names_page(groups):
-    lines = ['# All public names', '', 'After `from fastrain.all import *` all of them are at hand. A name leads to its description.', '']
+    import fastrain.all
+    def home(p, name): return '' if hasattr(fastrain.all, name) else f' (in `{p.module}`)'
+    lines = ['# All public names', '', 'After `from fastrain.all import *` they are at hand, but for those behind which a module is named. '
+             'A name leads to its description.', '']
     for f,ps in groups.items():
-        lines += [f'## {wing_title(f)}', '', '| name | what it is |', '| --- | --- |']
-        lines += [f'| {{py:obj}}`{n} <{p.module}.{n}>` | {cell(summary(o))} |' for p in ps for n,o in p.public.items()]
+        lines += [f'## {f}', '', sentence(f), '', '| name | what it is |', '| --- | --- |']
+        lines += [f'| {{py:obj}}`{n} <{p.module}.{n}>` | {cell(p.summary(n))}{home(p, n)} |' for p in ps for n in p.public]
         lines.append('')
     return '\n'.join(lines)
 
-def summary(o): return first_line(o) if inspect.isclass(o) or inspect.isfunction(o) else 'A constant'
 def cell(text): return text.replace('|', '\\|').replace('<', '&lt;').replace('*', '\\*')
 
 def commands_page():
-    "Every option of every command, from the same source as `--help`"
-    from fastrain.cli import _commands as commands
-    lines = ['# Command line', '', 'The options as `fastrain COMMAND --help` shows them.', '']
-    for name,function in commands.items():
-        parser = anno_parser(function, prog=f'fastrain {name}')
-        options = '\n'.join([f'.. program:: fastrain {name}', '', *map(option, parser._actions)])
-        lines += [f'## fastrain {name}', '', first_line(function), '', block(options), '']
+    "Every option of every command, from the parser that answers `--help`"
+    from fastrain.cli import _commands, _parser
+    lines = ['# Command line', '', 'The options as `fastrain COMMAND --help` shows them, in the same groups.', '']
+    for name,parser in {name: _parser(name) for name in _commands}.items():
+        lines += [f'## fastrain {name}', '', parser.description, '', f'```sh\n{parser.usage}\n```', '']
+        for group in parser._action_groups:
+            if options := [option(a) for a in group._group_actions if a.dest != 'help']:
+                lines += [f'### {group.title.capitalize()}', '', block('\n'.join([f'.. program:: fastrain {name}', '', *options])), '']
     return '\n'.join(lines)
 
 def option(action):
-    if action.dest in ('help', 'pdb', 'xtra'): return ''
-    words = re.sub(r'([\\*_|`<>])', r'\\\1', ' '.join((action.help or '').split()).replace('%%', '%').removesuffix(' (default: False)'))
-    words = re.sub(r'\\`(.+?)\\`', lambda m: '``' + re.sub(r'\\(.)', r'\1', m[1]) + '``', words)
-    names = [*action.option_strings[-1:], *([] if action.nargs == 0 else [action.dest.upper()])]
+    words = re.sub(r'([\\*_|<>])', r'\\\1', ' '.join(action.help.split()).replace('%%', '%'))
+    words = re.sub(r'`(.+?)`|(--[\w-]+)', lambda m: '``' + re.sub(r'\\(.)', r'\1', m[1] or m[2]) + '``', words)
+    names = [*action.option_strings[:1], *([] if action.nargs == 0 else [action.metavar])]
     return f'.. option:: {" ".join(names)}\n\n   {words}\n'
 
 def pieces_page():
     "What methods are made of, from the registries of the package"
     from fastrain.core import Registered
     import fastrain.all
+    times = pictures.step_times()
     lines = [(docs/'pieces.md').read_text(encoding='utf-8')]
     for family in Registered.__subclasses__():
         pieces = {k: c for k,c in family.registry.items() if c.__module__.startswith('fastrain.')}
         if not pieces or not any(getattr(c, 'paper', '') for c in pieces.values()): continue
-        lines += [f'## {family.__name__}', '', first_line(family), '', '| name | what it does | source |', '| --- | --- | --- |']
+        title = re.sub(r'(?<=[a-z])(?=[A-Z])', ' ', family.__name__).capitalize() # RobustLoss → Robust loss
+        lines += [f'## {title}', '', first_line(family), '', '| name | what it does | source | time |', '| --- | --- | --- | --: |']
         for key,c in pieces.items():
             guess = f' *Approximate: {cell(c.approximate)}.*' if getattr(c, 'approximate', '') else ''
-            lines.append(f'| {{py:obj}}`{key} <{c.__module__}.{c.__qualname__}>` | {cell(first_line(c))}.{guess} | {cell(c.paper)} |')
+            name = f'{{py:obj}}`{key} <{c.__module__}.{c.__qualname__}>`'
+            lines.append(f'| {name} | {cell(first_line(c))}.{guess} | {cell(c.paper)} | {times.get(key, "")} |')
         lines.append('')
     return '\n'.join(lines)
 
@@ -295,7 +321,7 @@ def lesson_pages(pages):
         if groups.get(folder) or folder == 'learn': result[f'{folder}/index'] = lesson_list(folder, title, groups.get(folder, []))
     sections = [f'{title} </{f}/index>' for f,title in lessons.items() if f'{f}/index' in result]
     entries = [*sections, 'Reference </reference/index>', 'Results </results>', 'Questions </questions>', 'Contribute </contribute>']
-    result['index'] = result['index'].replace('<!-- tradeoff -->', pictures.tradeoff_text())
+    for mark,text in pictures.tradeoff_texts().items(): result['index'] = result['index'].replace(mark, text)
     for mark,text in pictures.costs().items(): result['questions'] = result['questions'].replace(mark, text)
     result['index'] += '\n' + toctree(entries)
     return result

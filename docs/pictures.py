@@ -14,7 +14,7 @@ inks = dict(light='#222832', dark='#ced6dd') # of the theme's text
 base_colour,train_colour = '#8a94a0','#e4572e'
 
 
-def cifar(): return json.loads((root/'bench'/'results'/'cifar.json').read_text(encoding='utf-8'))
+def load(name): return json.loads((root/'bench'/'results'/f'{name}.json').read_text(encoding='utf-8'))
 
 def figure(record, name):
     "In %, of the last epoch; records of 0.1 have their figures one level higher"
@@ -31,7 +31,7 @@ def tradeoff_points(data):
 
 def draw_tradeoff(ink):
     fig,ax = plt.subplots(figsize=(5, 2.9), layout='constrained')
-    points = tradeoff_points(cifar())
+    points = tradeoff_points(load('cifar'))
     for base,(plain,train) in points.items():
         ax.annotate('', train, plain, arrowprops=dict(arrowstyle='-|>', color=train_colour, lw=1.8, shrinkA=5, shrinkB=5))
         ax.plot(*plain, 'o', color=base_colour, ms=8)
@@ -48,27 +48,31 @@ def draw_tradeoff(ink):
     ax.set_ylabel('accuracy under PGD-20, %', color=ink)
     return fig, ax
 
-def tradeoff_text():
+def tradeoff_texts():
     "Picture and table for the first page, with what they were measured on"
-    data = cifar()
+    data = load('cifar')
     recipe = data['recipe']
     seeds = sorted({r['seed'] for r in data['records'] if r['part'] == 'main'})
     n = data['records'][0]['last']['n']
     rows = [f'| {names[b]} | {p[0]:.1f} | {t[0]:.1f} | {p[1]:.1f} | {t[1]:.1f} |' for b,(p, t) in tradeoff_points(data).items()]
     caption = (
-        f'Four methods with and without TRAIN: {recipe["data"]}, {recipe["n_train"]:,} training and {n:,} test images, '
+        f'{recipe["data"]}, {recipe["n_train"]:,} training and {n:,} test images, '
         f'ε = {255*recipe["eps"]:.0f}/255, a small ResNet-10, {recipe["epochs"]} epochs, {recipe["warmup"]} more for the standard model, '
-        f'means over {len(seeds)} seeds. Measured by `bench/cifar.py`, from `bench/results/cifar.json`; more is on the page '
-        '[Results](/results.ipynb). Network, data and training are far smaller than the paper\'s.')
+        f'means over {len(seeds)} seeds. Measured by `bench/cifar.py`. Network, data and training are far smaller than the paper\'s: '
+        'see [Results](/results.ipynb).')
     alt = 'Accuracy under attack over accuracy on natural images: with TRAIN each method stands further to the right'
     images = [f'![{alt}](/pictures/tradeoff-{k}.svg){{.only-{k} .wide}}' for k in inks]
     table = ['| accuracy in % | natural | natural with TRAIN | PGD-20 | PGD-20 with TRAIN |', '| --- | --: | --: | --: | --: |', *rows]
-    return '\n'.join([*images, '', caption, '', ':::{dropdown} The same in figures', *table, ':::'])
+    return {'<!-- tradeoff -->': '\n'.join([*images, '', '{.caption}', caption]),
+            '<!-- tradeoff in figures -->': '\n'.join([':::{dropdown} The picture in figures', *table, ':::'])}
 
+def step_times():
+    "`{piece: time of a training step with it, AT alone being 1}`"
+    times = {r['method']: r['ratio'] for r in load('methods')['rows']}
+    return {name.removeprefix('at+'): f'{t:.2f}' for name,t in times.items() if '+' not in name.removeprefix('at+')}
 
 def costs():
     "What an attack and TRAIN cost, for the page of questions"
-    load = lambda name: json.loads((root/'bench'/'results'/f'{name}.json').read_text(encoding='utf-8'))
     methods,step = load('methods'),load('step')
     plain = next(r['ratio'] for r in methods['rows'] if r['method'] == 'standard')
     train = next(t['ratio'] for t in step['targets'] if t['target'] == 'at+train / at')
@@ -118,7 +122,7 @@ def draw_house(ink):
             ax.add_patch(plt.Rectangle((i*width + .1, h + .08), width - .2, .84, facecolor='#2f6690', edgecolor='none'))
             ax.text((i + .5)*width, h + .68, wing, ha='center', va='center', color='white', fontsize=11, weight='bold')
             below = sorted(uses.get(wing, ()), key=lambda w: (level[w], w))
-            words = textwrap.fill('on ' + ', '.join(below) if below else 'on nothing else', int(6*width))
+            words = textwrap.fill('on ' + ', '.join(below) if below else 'on nothing else', int(7*width))
             ax.text((i + .5)*width, h + .32, words, ha='center', va='center', color='white', fontsize=7.5, linespacing=.95)
     ax.set(xlim=(0, 12), ylim=(0, len(rows)))
     ax.set_axis_off()

@@ -247,7 +247,7 @@ def read_json(path):
     "What is in a JSON file; a `ValueError` says where it is damaged"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'There is no file {path}')
-    try: return json.loads(path.read_text(encoding='utf-8'))
+    try: return json.loads(path.read_text(encoding='utf-8-sig'))
     except (ValueError, RecursionError) as e:
         where = f' (line {e.lineno}, column {e.colno})' if isinstance(e, json.JSONDecodeError) else ''
         raise ValueError(f'{path} is damaged: its text is not JSON{where}. Put a copy of it in its place, or remove it') from None

@@ -56,7 +56,7 @@ def test_training_leaves_everything(runs):
     run = Run(runs/'seed3')
     assert {f.name for f in run.out.iterdir()} == {
         'checkpoints', 'evaluation', *PICTURES,
-        'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json', '.lock'}
+        'history.csv', 'report.html', 'report.md', 'results.json', 'settings.json', 'recipe.toml', '.lock'}
     for m in METHODS: assert len(pd.read_csv(run.evaluation_folder(m)/'per_image.csv')) == 40
 
 def test_evaluate_run(run):
@@ -183,6 +183,20 @@ def test_compare_other_images(run, tmp_path):
     with pytest.raises(ValueError, match='other images'): paired(Run(run), 'at', 'at+train')
     for runs,error in (([], ValueError), ([tmp_path/'none'], FileNotFoundError)):
         with pytest.raises(error): compare_runs(runs, tmp_path/'out')
+
+def test_compare_what_is_not_there(run, tmp_path):
+    "Damaged results by image, and a run of which only the best epochs are known"
+    table = Run(run).evaluation_folder('at')/'per_image.csv'
+    table.write_text('x\n')
+    with pytest.raises(ValueError, match='per_image.csv is damaged'): compare_runs([run], tmp_path/'out')
+    table.unlink()
+    with pytest.raises(FileNotFoundError, match='no results by image for at: evaluate it, fastrain evaluate'):
+        compare_runs([run], tmp_path/'out')
+    saved = json.loads((run/'results.json').read_text())
+    for r in saved: r['best'] = r.pop('last')
+    (run/'results.json').write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match='run: nothing was evaluated after the last epoch'): compare_runs([run], tmp_path/'out')
+    assert not (tmp_path/'out').exists()
 
 def copied(run, folder, change=None):
     "A copy of a run, with other settings"

@@ -13,10 +13,11 @@ from fastrain import cli
 from fastrain.attacks.autoattack import AutoAttack
 from fastrain.attacks.named import named_attack
 from fastrain.attacks.pgd import PGD
-from fastrain.core import lookup, parse_eps
+from fastrain.core import lookup, parse_eps, read_json
 from fastrain.data.sources import get_dls
 from fastrain.evaluation.evaluate import evaluate
-from fastrain.models.backbone import create_backbone
+from fastrain.evaluation.record import read_per_image
+from fastrain.models.backbone import create_backbone, load_weights
 from fastrain.pieces.losses import AT, TRADES
 from fastrain.pieces.relations import Topology
 from fastrain.runs import train
@@ -414,3 +415,44 @@ def test_training_is_checked_before_it_begins(argv, match, tmp_path, monkeypatch
     monkeypatch.setattr(sys, 'argv', ['fastrain', 'train', '--device', 'cpu', *argv])
     with pytest.raises(SystemExit, match=match) as e: cli.main()
     assert '\n' not in e.value.code.strip() and not any(tmp_path.iterdir())
+
+# --- what names the thing, and leaves what is there
+
+def test_no_evaluation_into_the_folder_of_a_run(tmp_path):
+    (tmp_path/'settings.json').write_text('{}')
+    with pytest.raises(FileExistsError, match=r'holds a run \(settings.json\), whose evaluation would be replaced: choose another'):
+        evaluate(net(1), digit_dls(), 'natural', out=tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ['settings.json']
+
+def test_model_for_images_of_another_size():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(5, 10))
+    with pytest.raises(RuntimeError, match=r'^The model cannot take images of shape \(\d+, 3, \d+, \d+\): .*mat1'):
+        evaluate(model, digit_dls())
+
+def test_size_of_the_support_is_named():
+    for n,match in ((0, 'n_support=0: expected'), (10**6, 'n_support=1000000, but there are only')):
+        with pytest.raises(ValueError, match=match): evaluate(net(1), digit_dls(), 'topology', n_support=n)
+
+def test_a_file_of_no_weights_is_named_once(tmp_path):
+    (tmp_path/'x.json').write_text('[]')
+    with pytest.raises(ValueError, match='is not a checkpoint that can be loaded safely') as e: load_weights(net(1), tmp_path/'x.json')
+    assert str(e.value).count('x.json') == 1
+
+def test_a_folder_for_a_backbone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'resnet18').mkdir()
+    with pytest.raises(ValueError, match='mine is neither an architecture of timm nor a run'): create_backbone('mine', 10)
+    create_backbone('resnet18', 10)
+
+def test_json_that_an_editor_has_marked(tmp_path):
+    (tmp_path/'a.json').write_text('{"a": 1}', encoding='utf-8-sig')
+    assert read_json(tmp_path/'a.json') == dict(a=1)
+
+@pytest.mark.parametrize('text', ['', 'x,y\n1,2\n'])
+def test_damaged_results_by_image(tmp_path, text):
+    evaluate(net(1), digit_dls(), 'natural', out=tmp_path, checks=False)
+    assert len(read_per_image(tmp_path))
+    (tmp_path/'per_image.csv').write_text(text)
+    with pytest.raises(ValueError, match='per_image.csv is damaged: expected a table with the columns image and label. Remove it'):
+        read_per_image(tmp_path)

@@ -110,9 +110,14 @@ def test_groups_name_options_that_there_are(name):
     named = [n for names in cli._groups[name].values() for n in names.split()]
     assert len({*named}) == len(named) and {*named} <= {*inspect.signature(cli._commands[name]).parameters}
 
-def test_docs_make_a_page_of_the_same_functions():
-    from fastcore.script import anno_parser
-    for f in cli._commands.values(): assert all(a.help for a in anno_parser(f)._actions if a.dest not in ('pdb', 'xtra'))
+@pytest.mark.parametrize('name', cli._commands)
+def test_every_option_is_explained(name): assert all(a.help for a in cli._parser(name)._actions)
+
+def test_help_names_all_pictures():
+    from fastcore.docments import docments
+    from fastrain.runs.gallery import pictures
+    said = docments(cli.evaluate)['pictures'].split(':')[1].split(';')[0]
+    assert re.findall(r'\w+', said) == [name for name,f in pictures.items() if f.__module__.startswith('fastrain.')]
 
 # --- lists
 

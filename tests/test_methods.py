@@ -152,7 +152,7 @@ refused = {'at+trades': r'\(robust\): at and trades', 'trades+LAS-AT': r'\(robus
            'ema+at+ema:decay=.9': r'\(average\)',
            'train+train': r'\(relations\): train and train', "train+train'": r'\(relations\)',
            'train+frozen+cotrained': r'\(policy\): frozen and cotrained', 'train*+cotrained': r'\(policy\)',
-           'standard+train': r'Topology.*adversarial images, but Natural\(\) makes none', 'standard+lbgat': r'LBGAT.*makes none',
+           'standard+train': r'Topology.*adversarial images, but Natural \(standard\) makes none', 'standard+lbgat': r'LBGAT.*makes none',
            'standard+fat': r'FAT.*makes none',
            'gairat+fat': r'GAIRAT.*strategy of its own, which FAT',
            'at+frozen': 'frozen is about the standard model, but no piece',

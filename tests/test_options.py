@@ -29,7 +29,7 @@ BAD = dict(
         holdout=[*NUMBER, '1e9'], n_train=[*COUNT, '0', '1000000'], n_test=[*COUNT, '0', '1000000'],
         img_size=[*COUNT, '0', '1', '100000'], path=['nowhere', '', LONG], profile=NAME, precision=[*NAME, 'fp8'], device=NAME, seed=SEED,
         fast=['=maybe'], channels_last=['=maybe'], fold=['=maybe'], chunk=[*COUNT, '0'], compile=['=maybe'],
-        attacks=ATTACKS, load=FILES, resume=['=maybe']),
+        attacks=ATTACKS, load=FILES, resume=['=maybe'], recipe=['nowhere.toml', '', LONG]),
     evaluate=dict(
         run=NAME, attacks=ATTACKS, n=[*COUNT, '0', '1000000'], eps=[*SIZE, '255', '1/255,,2/255'], images=['=maybe'], rescore=['=maybe'],
         pictures=[*NAME, 'eps', 'curves,,images'], method=['trades', *METHODS],
@@ -39,7 +39,12 @@ BAD = dict(
         data=NAME, weights=['nowhere.pt'], backbone=NAME, standard=['nowhere.pt'], img_size=COUNT,
         bs=COUNT, norm=NAME, seed=SEED, out=['new']),
     compare=dict(runs=['nowhere', '', LONG], out=['', LONG, 'RUN'], against=NAME, load=FILES),
-    methods=dict(piece=['nowhere', LONG], load=FILES))
+    methods=dict(piece=['nowhere', LONG], load=FILES),
+    tables={},
+    table=dict(number=NAME),
+    recipe=dict(
+        row=['6', '6/', '6/TRADES + TRANE', '66/TRADES', *NAME], scale=NAME, seed=SEED, data=NAME, backbone=NAME, standard=NAME,
+        epochs=[*COUNT, '0'], bs=[*COUNT, '0', '2'], lam=NUMBER, n_train=[*COUNT, '0'], n_test=[*COUNT, '0'], attacks=ATTACKS))
 
 CASES = [(command, option, value) for command,options in BAD.items() for option,values in options.items() for value in values]
 
@@ -48,13 +53,15 @@ BASE = dict(
            '--attacks', 'natural', '--device', 'cpu'],
     evaluate=['RUN', '--attacks', 'natural,fgsm,topology', '--n', '10', '--device', 'cpu'],
     compare=['RUN', '--out', 'new'],
-    methods=[])
-POSITIONAL = dict(evaluate='run', compare='runs', methods='piece')
+    methods=[],
+    table=[],
+    recipe=['6/TRADES + TRAIN', '--scale', 'tiny'])
+POSITIONAL = dict(evaluate='run', compare='runs', methods='piece', table='number', recipe='row')
 
 def typed(command, option, value, run) -> list:
     "The command line"
     rest = list(BASE[command])
-    if option == POSITIONAL.get(command): rest = [value, *rest[rest[:1] == ['RUN']:]]
+    if option == POSITIONAL.get(command): rest = [value, *rest[rest[:1] in (['RUN'], ['6/TRADES + TRAIN']):]]
     elif value.startswith('='): rest.append(f'--{option}{value}')
     else: rest.append(f'--{option.replace("_", "-")}={value}')
     return [command, *(str(run) if a == 'RUN' else a.replace('=RUN', f'={run}') for a in rest)]

@@ -1,8 +1,9 @@
 "Files of users: their keys, their errors, and what a checkpoint from a stranger may name"
+import socket, sys
+
 import pytest
 import torch
 
-import socket
 from conftest import digits, net
 from fastrain.attacks.named import AttackKind
 from fastrain.core import Registered, save_tensors
@@ -160,3 +161,9 @@ def test_a_hub_is_asked_only_for_pretrained_weights(offline):
 @pytest.mark.parametrize('name', ['nowhere.pt', 'runs/nowhere', 'runs/nowhere/checkpoints/standard/last.pt', 'weights.safetensors'])
 def test_a_file_that_is_not_there(name):
     with pytest.raises(FileNotFoundError, match=f'There is no run or file {name}'): create_backbone(name, 10)
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match='is a folder: name a Python file in it'): import_file(tmp_path)
+
+def test_a_function_that_ends_the_program():
+    with pytest.raises(ValueError, match='m.py:make ends the program: it must return a model'): call_own(lambda: sys.exit(3), 'm.py:make')

@@ -151,7 +151,7 @@ def test_stages():
     fig = plot_stages({'at': stages, LONG: stages})
     bars = [(b.get_x(), b.get_width()) for b in fig.axes[0].patches]
     assert bars == [pytest.approx(b) for b in ((0, 90), (50, 40), (45, 5), (45, 0), (0, 45))] # what is left, what each one broke
-    assert [t.get_text() for t in fig.axes[0].texts] == ['90.0', '−40.0', '−5.0', '−0.0', '45.0']
+    assert [t.get_text() for t in fig.axes[0].texts] == ['90.0', '−40.0', '−5.0', '0.0', '45.0']
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['natural', 'APGD-CE', 'APGD-T', 'Square', 'left']
     inside(fig)
     for bad,match in (({}, 'nothing to draw'), (dict(at=[]), 'nothing to draw'), (dict(at=[dict(stage='x')]), "no 'accuracy'")):
@@ -196,6 +196,14 @@ def test_points_do_not_hide_each_other():
     assert all(of == sorted(set(of)) for of in sizes.values()) and max(map(len, sizes.values())) > 1 # one around the other
     assert all(c.lines[0].get_markerfacecolor() == 'none' for c in ax.containers)
     inside(fig)
+
+def test_no_label_stands_on_an_arrow():
+    rows = [('at', .91, .21), ('at+train', .88, .27), ('trades', .83, .15), ('standard', .87, .04)]
+    df = pd.DataFrame(rows, columns=['method', 'natural', 'robust'])
+    ax, = plot_tradeoff(df).axes
+    ax.figure.draw_without_rendering()
+    line = ax.transData.transform(np.linspace((91, 21), (88, 27), 50)[3:-3])
+    assert not any(t.get_window_extent().contains(*place) for t in ax.texts if t.get_text() for place in line)
 
 def test_tradeoff_with_intervals():
     df = pd.DataFrame([dict(method='at', natural=.7, robust=.4, natural_low=.68, natural_high=.71)])

@@ -54,9 +54,10 @@ class Still(Strategy):
 class NeedsStd(RobustLoss): needs = ('adv', 'std')
 
 refusals = dict(
-    relation_without_attack=(lambda: TRAINCallback(net(), robust=Natural()), r'Topology.*adversarial images, but Natural\(\) makes none'),
+    relation_without_attack=(lambda: TRAINCallback(net(), robust=Natural()),
+                             r'Topology.*adversarial images, but Natural \(standard\) makes none'),
     strategy_without_attack=(lambda: TRAINCallback(None, robust=Natural(), strategy=Still()),
-                             r'Still.*adversarial images, but Natural\(\) makes none'),
+                             r'Still.*adversarial images, but Natural \(standard\) makes none'),
     two_strategies=(lambda: TRAINCallback(None, robust=GAIRAT(), strategy=Still()), r'GAIRAT.*brings a strategy of its own, which Still'),
     relation_without_standard=(lambda: TRAINCallback(None, relation=Topology()), r'Topology.*needs a standard model'),
     robust_without_standard=(lambda: TRAINCallback(None, robust=NeedsStd()), r'NeedsStd.*needs a standard model'),

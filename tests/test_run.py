@@ -8,7 +8,7 @@ import fastrain.runs.evaluate
 from fastrain import cli
 from fastrain.runs.evaluate import evaluate_run
 from fastrain.runs.recipe import make_recipe
-from fastrain.runs.run import Run, lock_folder
+from fastrain.runs.run import Run, lock_folder, read_history
 from fastrain.runs.train import resume_run, train_run
 
 TINY = dict(epochs=2, steps=1, warmup=1, n_train=64, n_test=20, bs=16, n_valid=5)
@@ -177,7 +177,7 @@ def test_shell_resumes(run, monkeypatch, capsys):
 # --- any one file may be missing
 
 FILES = [
-    'settings.json', 'results.json', 'history.csv', 'report.md', 'report.html', '.lock', 'checkpoints/warm.pt',
+    'settings.json', 'recipe.toml', 'results.json', 'history.csv', 'report.md', 'report.html', '.lock', 'checkpoints/warm.pt',
     'checkpoints/standard/best.pt', 'checkpoints/at+train/best.pt', 'checkpoints/standard/last.pt', 'checkpoints/at+train/last.pt',
     'evaluation/at+train-last/per_image.csv', 'evaluation/at+train-last/evaluation.json', 'evaluation/at+train-last/evaluation.md']
 
@@ -274,6 +274,11 @@ def test_warm_up_of_another_kind(run, state):
 def test_damaged_history(run, text):
     (run/'history.csv').write_bytes(text)
     with pytest.raises(ValueError, match='history.csv is damaged.*Remove it'): resume_run(run, 'cpu')
+
+def test_history_is_read_exactly_and_without_a_word(tmp_path, recwarn):
+    numbers = [1/3, 1e-8/7, 2/3e7, 0.1 + 0.2]
+    (tmp_path/'history.csv').write_text('method,epoch,a\n' + ''.join(f'at,{i},{x!r}\n' for i,x in enumerate(numbers)))
+    assert list(read_history(tmp_path/'history.csv').a) == numbers and not recwarn.list
 
 @pytest.mark.parametrize('state', [[1, 2], {}, 5, dict(epoch=3)])
 def test_checkpoint_of_another_kind(run, state):

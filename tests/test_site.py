@@ -1,5 +1,5 @@
 "The documentation's own claims, and the distributions"
-import json, re, subprocess, sys
+import json, re
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +13,11 @@ root = Path(__file__).resolve().parent.parent
 def test_one_version():
     assert f'version: {fastrain.__version__}\n' in (root/'CITATION.cff').read_text(encoding='utf-8')
     assert f'## {fastrain.__version__}' in (root/'CHANGELOG.md').read_text(encoding='utf-8')
+
+def test_readme_says_what_is_in_each_wing():
+    table = (root/'README.md').read_text(encoding='utf-8').partition('| wing |')[2].partition('\n\n')[0]
+    wings = {f.parent.name for f in (root/'fastrain').glob('*/*.py') if f.name != '__init__.py'}
+    assert wings <= set(re.findall(r'^\| `(\w+)` \|', table, re.M))
 
 def test_pages_of_the_site_are_in_the_sdist():
     endings = set(re.findall(r'\*(\.\w+)', re.search(r'recursive-include docs (.*)', (root/'MANIFEST.in').read_text())[1]))
@@ -76,7 +81,3 @@ def test_first_page_runs():
     space = {}
     exec('from fastai.vision.all import *\nfrom fastrain.all import *\n' + small, space)
     assert space['learn'].recorder.values
-
-@pytest.mark.slow
-def test_distributions():
-    subprocess.run([sys.executable, root/'.ci'/'dist.py', '--files-only'], check=True)

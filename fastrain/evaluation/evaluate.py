@@ -82,6 +82,7 @@ def evaluate(
     command:str=None # What was typed to have it, to be kept with the figures
 ) -> Evaluation:
     "What a model is worth, naturally and under attack"
+    _check_folder(out)
     model,notes = _float32(_module(model))
     standard,_ = _float32(_module(standard))
     attacks,measures = parse_figures(attacks, eps, alpha, norm, seed)
@@ -110,6 +111,13 @@ def evaluate(
     return ev
 
 # %% ../../nbs/evaluation/evaluate.ipynb #35b21d49
+def _check_folder(out):
+    "A run has files of the same names"
+    found = [name for name in _of_runs if out and (Path(out)/name).exists()]
+    if found: raise FileExistsError(f'{out} holds a run ({found[0]}), whose evaluation would be replaced: choose another folder with --out')
+
+_of_runs = 'settings.json', 'checkpoints'
+
 def _module(model):
     if isinstance(model, Learner): model = model.model
     if model is None: return None
@@ -167,7 +175,7 @@ def _support(dl, support, n, ks):
     "The training images that are asked for"
     if support is None: support = dl if isinstance(dl, DataLoaders) else None
     if support is None: raise ValueError('Topology scores need training images: give DataLoaders, or support')
-    batches = Batches(support.train if isinstance(support, DataLoaders) else support, n)
+    batches = Batches(support.train if isinstance(support, DataLoaders) else support, n, called='n_support')
     if n and 2*n < min(ks):
         raise ValueError(f'n_support={n}: fewer images than the {min(ks)} neighbours of the topology score, '
                          'natural and attacked ones together')
@@ -237,18 +245,26 @@ def _shared_images(dl):
         yield Finding('shared images', f'{shared} of {len(test.rows)} test images are in the training set, too, byte for byte: '
                                        'what was learnt by heart counts as right. Take them out of one of both')
 
-def _pixels(*dls) -> list: # A list for each
-    rows = [dl.images.x[dl.rows.to(dl.images.x.device)].cpu().numpy() for dl in dls]
-    return [[hash(pixels.tobytes()) for pixels in of_dl] for of_dl in rows]
+def _pixels(train, test) -> tuple: # A list for each
+    return _hashed_pixels(train),_hashed_pixels(test)
 
-def _files(*dls) -> list:
-    "Only files of sizes that all sets have, and nothing if they are too many to be read"
-    files = [[Path(dl.images.files[i]) for i in dl.rows.tolist()] for dl in dls]
-    sizes = [[f.stat().st_size for f in fs] for fs in files]
-    common = set.intersection(*map(set, sizes))
-    alike = [[f for f,size in zip(fs, of) if size in common] for fs,of in zip(files, sizes)]
-    if sum(map(len, alike)) > _MOST_FILES: return [[] for _ in dls]
-    return [[hash(f.read_bytes()) for f in fs] for fs in alike]
+def _hashed_pixels(dl) -> list:
+    rows = dl.rows.to(dl.images.x.device)
+    return [hash(pixels.tobytes()) for pixels in dl.images.x[rows].cpu().numpy()]
+
+def _files(train, test) -> tuple: # A list for each
+    "Only files of sizes that both sets have, and nothing if they are too many to be read"
+    sizes = _file_sizes(train),_file_sizes(test)
+    common = {*sizes[0].values()} & {*sizes[1].values()}
+    alike = [[file for file,size in of.items() if size in common] for of in sizes]
+    if sum(map(len, alike)) > _MOST_FILES: return [],[]
+    return _hashed_files(alike[0]),_hashed_files(alike[1])
+
+def _file_sizes(dl) -> dict:
+    files = [Path(dl.images.files[i]) for i in dl.rows.tolist()]
+    return {file: file.stat().st_size for file in files}
+
+def _hashed_files(files) -> list: return [hash(file.read_bytes()) for file in files]
 
 _MOST_FILES = 5000
 

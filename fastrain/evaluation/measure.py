@@ -32,15 +32,16 @@ class Batches:
     def __init__(self,
         dl, # A `DataLoader`, `DataLoaders` (their test set, or else validation set), or any iterable of batches
         n:int=None, # Take only so many images, equally many of each class as far as there are
-        seed:int=0 # Of the subset
+        seed:int=0, # Of the subset
+        called:str='n' # What `n` is called where the user gave it, for messages
     ):
         if isinstance(dl, (str, bytes)) or not hasattr(dl, '__iter__') and not isinstance(dl, DataLoaders):
             raise TypeError(f'{type(dl).__name__} cannot be iterated in batches: '
                             'give a DataLoader, DataLoaders, or batches (x, y)')
         if isinstance(dl, DataLoaders): dl = getattr(dl, 'final', None) or dl.valid
         if isinstance(dl, DataLoader): dl = dl.new(shuffle=False, drop_last=False)
-        self.dl,self.rows,self.name = dl,None,'all'
-        if n is not None: self._choose(check_number('n', n, at_least=1, whole=True, what='number of images'), seed)
+        self.dl,self.rows,self.name,self.called = dl,None,'all',called
+        if n is not None: self._choose(check_number(called, n, at_least=1, whole=True, what='number of images'), seed)
 
     def __len__(self): return len(self.dl)
     @property
@@ -62,10 +63,10 @@ class Batches:
 def _choose(self:Batches, n, seed):
     from fastrain.data.parts import pick_balanced # here, so that who takes all images needs no data sets
     if iter(self.dl) is self.dl:
-        raise ValueError(f'n={n} of an iterator: give something that can be iterated twice, '
+        raise ValueError(f'{self.called}={n} of an iterator: give something that can be iterated twice, '
                          'such as a list or a DataLoader, for the labels are needed first')
     self.labels = self._labels()
-    if n > len(self.labels): raise ValueError(f'n={n}, but there are only {len(self.labels)} images')
+    if n > len(self.labels): raise ValueError(f'{self.called}={n}, but there are only {len(self.labels)} images')
     self.rows = torch.from_numpy(pick_balanced(self.labels, n, seed))
     checksum = zlib.crc32(self.rows.numpy().tobytes())
     self.name = f'balanced-{n}-seed{seed}-{checksum:08x}'
@@ -377,9 +378,16 @@ def _checked(batches, models):
 
 @torch.no_grad()
 def _n_classes(model, x):
-    logits = check_logits(model(x), len(x))
+    logits = check_logits(_first_answer(model, x), len(x))
     check_not_probabilities(logits)
     return logits.shape[1]
+
+def _first_answer(model, x):
+    "Errors of torch tell whose images do not fit, and keep the place where they were raised"
+    try: return model(x)
+    except RuntimeError as e:
+        if type(e) is RuntimeError: e.args = (f'The model cannot take images of shape {tuple(x.shape)}: {e}',)
+        raise
 
 def _join(parts):
     "The parts of a job, one for each batch, as columns over all images"

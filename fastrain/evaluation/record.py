@@ -298,4 +298,7 @@ def read_per_image(
     first = subset in (None, subset_name(read_evaluation(out)))
     file = Path(out)/('per_image.csv' if first else f'per_image-{subset}.csv')
     if not file.is_file(): raise FileNotFoundError(f'{out} has no {file.name}, the results by image: evaluate again')
-    return pd.read_csv(file)
+    try: table = pd.read_csv(file)
+    except ValueError: table = pd.DataFrame()
+    if {'image', 'label'} <= {*table.columns}: return table
+    raise ValueError(f'{file} is damaged: expected a table with the columns image and label. Remove it, and evaluate again')

@@ -13,7 +13,7 @@ from string import Template
 
 import pandas as pd
 
-from ..evaluation.record import read_evaluation
+from ..evaluation.record import read_evaluation, read_per_image
 from ..evaluation.scores import Measure, mcnemar, mean_spread
 from ..evaluation.tables import markdown_table, of_other_size, split_table
 from .plots import plot_tradeoff, save_figure
@@ -243,10 +243,9 @@ def _attacks(run, method) -> dict: # `{name: title}`
     return {r['name']: r['title'] for r in rows if r['kind'] in ('natural', 'attack')}
 
 def _per_image(run, method):
-    file = run.evaluation_folder(method)/'per_image.csv'
-    if file.is_file(): return pd.read_csv(file)
-    raise FileNotFoundError(f'{run.out} has no results by image for {method} ({file.name} is missing): evaluate it, '
-                            f'fastrain evaluate {run.out}')
+    try: return read_per_image(run.evaluation_folder(method))
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{run.out} has no results by image for {method}: evaluate it, fastrain evaluate {run.out}') from None
 
 # %% ../../nbs/runs/compare.ipynb #da400021
 def _pairs(methods, against=None) -> list:
@@ -291,6 +290,8 @@ def compare_runs(
     _check_folder(out)
     runs = _each_once(runs)
     measured = _measured(runs)
+    if not measured:
+        raise ValueError(f'{", ".join(_names_of(runs))}: nothing was evaluated after the last epoch. Use fastrain evaluate first')
     _check_repetitions(measured)
     figures = _figures(measured)
     tests = _all_tests(runs, against)

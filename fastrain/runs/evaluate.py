@@ -149,7 +149,7 @@ def _all_evaluated(run, new) -> list:
     found = {w: read_evaluations(_folder(run, new['method'], w)) for w in CHECKPOINTS if w in new}
     first = {w: _plain(records[0]) | dict(epoch=new[w]['epoch']) for w,records in found.items()}
     if 'last' in found and found.get('best') == found['last']: found['best'] = found['best'][:1] # one folder
-    fewer = {w: [_plain(r) for r in records[1:]] for w,records in found.items()}
+    fewer = {w: list(map(_plain, records[1:])) for w,records in found.items()}
     on = next(iter(first.values()))['settings']['l_tp_attack']
     known[new['method']] = before | new | first | dict(l_tp_attack=on, fewer=before.get('fewer', {}) | fewer)
     return list(known.values())
@@ -172,7 +172,7 @@ def show_run(
     tell=lambda line: None # Called with a line on pictures that cannot be made
 ):
     "Pictures and report of a run"
-    shown = {r['method']: next(w for w in CHECKPOINTS if w in r) for r in results}
+    shown = {r['method']: _first_checkpoint(r) for r in results}
     records = {r['method']: r[shown[r['method']]] for r in results}
     def per_image(m): return read_per_image(_folder(run, m, shown[m]), subset_name(records[m]))
     best = {r['method']: r['best']['epoch'] for r in run.trained if 'best' in r}
@@ -181,6 +181,8 @@ def show_run(
                         per_image, run.recipe.eps, run.methods)
     draw_pictures(pictures, exhibits, run.out, tell)
     write_report(run)
+
+def _first_checkpoint(result): return next(w for w in CHECKPOINTS if w in result)
 
 def rescore_run(out, device=None) -> pd.DataFrame: # A row per method, checkpoint and attack
     "Score the saved adversarial images of a run again"

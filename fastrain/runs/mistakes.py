@@ -47,7 +47,7 @@ def plot_confusion(
     classes = _classes(tables, vocab)
     small = len(tables) > 3 or len(classes) > 15
     side = 2.2 if len(tables) > 3 else 4.
-    fig,axs = panels(2*len(tables), side + .5, side, columns=6 if len(tables) > 3 else 2)
+    fig,axs = panels(2*len(tables), side + .5, side, columns=4 if len(tables) > 3 else 2)
     axs = iter(axs)
     for m,table in tables.items():
         for column,kind in (('natural', 'natural'), (attack, title or attack)):

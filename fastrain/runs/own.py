@@ -15,6 +15,7 @@ import fastrain
 def import_file(file):
     "Run a Python file as a module"
     path = Path(file)
+    if path.is_dir(): raise ValueError(f'{file} is a folder: name a Python file in it')
     if not path.is_file(): raise ValueError(f'{file}: there is no such file')
     if path.suffix != '.py': raise ValueError(f'{file} is no Python file: its name must end in .py')
     place = hashlib.sha1(str(path.resolve()).encode('utf-8', 'surrogateescape')).hexdigest()
@@ -50,7 +51,8 @@ def call_own(f, name:str):
     if not callable(f): raise ValueError(f'{name} is {type(f).__name__}, expected a function or a model')
     try: inspect.signature(f).bind()
     except TypeError as e: raise ValueError(f'{name} is called without arguments, but: {e}') from None
-    return f()
+    try: return f()
+    except SystemExit as e: raise ValueError(f'{name} ends the program: it must return a model, and not call sys.exit') from e
 
 # %% ../../nbs/runs/own.ipynb #da10000b
 _python,_fastrain = Path(sysconfig.get_paths()['stdlib']),Path(inspect.getfile(fastrain)).parent

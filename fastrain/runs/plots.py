@@ -8,6 +8,7 @@ __all__ = ['plot_tradeoff', 'plot_eps', 'plot_steps', 'plot_stages']
 # %% ../../nbs/runs/plots.ipynb #a845d81e
 import math
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -34,14 +35,14 @@ def plot_tradeoff(
         style = dict(styles[m], ms=8, mew=1.6, mfc='none')
         xerr,yerr = _error(r, 'natural', seeds),_error(r, 'robust', seeds)
         ax.errorbar(*means[m], xerr=xerr, yerr=yerr, ls='', elinewidth=.8, capsize=2, **style)
-        if f'{m}+train' in rows: _arrow(ax, means[m], means[f'{m}+train'], styles[m]['color'])
+    for start,end in _arrows(means): _arrow(ax, means[start], means[end], styles[start]['color'])
     ax.set(xlabel='natural accuracy, %', ylabel='robust accuracy, %')
     ax.margins(.12)
     ax.set_title(_bars_mean(points, seeds), fontsize=9)
     grid([ax])
     fig.draw_without_rendering() # lays the panel out, so that places on it are known
     _enlarge_hidden(ax, means)
-    _label_points(ax, means, styles, _bars(ax))
+    _label_points(ax, means, styles, _bars(ax) + _along_arrows(ax, means))
     return fig
 
 # %% ../../nbs/runs/plots.ipynb #af3caad6
@@ -52,6 +53,8 @@ def _error(rows, name, seeds):
     if f'{name}_low' not in rows: return None
     low,high = rows[f'{name}_low'],rows[f'{name}_high']
     return [100*(share - low), 100*(high - share)]
+
+def _arrows(means): return [(m, f'{m}+train') for m in means if f'{m}+train' in means]
 
 def _arrow(ax, start, end, color):
     style = dict(arrowstyle='->', color=color, shrinkA=7, shrinkB=7)
@@ -118,6 +121,12 @@ def _bars(ax):
     lines = [segment for c in ax.containers for bars in c.lines[2] for segment in bars.get_segments()]
     ends = [ax.transData.transform(line) for line in lines if len(line)] # one seed has no spread
     return [(*(e.min(0) - 2), *(e.max(0) + 2)) for e in ends]
+
+def _along_arrows(ax, means):
+    "Where arrows are, in pixels: small boxes one after the other"
+    places = {m: ax.transData.transform(mean) for m,mean in means.items()}
+    ends = [(places[start], places[end]) for start,end in _arrows(means)]
+    return [(x - 3, y - 3, x + 3, y + 3) for a,b in ends for x,y in np.linspace(a, b, 2 + int(math.dist(a, b)/6))]
 
 def _overlap(a, b):
     width = min(a[2], b[2]) - max(a[0], b[0])
@@ -202,11 +211,11 @@ def plot_stages(
     for m,s in stages.items(): check_given(s[0] if s else {}, ('stage', 'accuracy'), f'stages of {m}')
     most = max(map(len, stages.values()))
     names = max(len(s['stage']) for rows in stages.values() for s in rows)
-    fig,axs = panels(len(stages), 1. + .3*(most + 1), 2.5 + .08*names, columns=3)
+    fig,axs = panels(len(stages), 1. + .3*(most + 1), 2.8 + .08*names, columns=3)
     for ax,(m,style) in zip(axs, styles_of(stages, among).items()):
         _waterfall(ax, stages[m], style['color'])
         ax.set_title(f'{wrapped(m, 30)}\n{title}', fontsize=10)
-        ax.set(xlabel='accuracy, %', xlim=(0, 100))
+        ax.set(xlabel='accuracy, %', xlim=(0, 130), xticks=range(0, 101, 25)) # numbers stand behind their bars
     return fig
 
 def _waterfall(ax, rows, color):
@@ -214,21 +223,19 @@ def _waterfall(ax, rows, color):
     first,*others = [100*r['accuracy'] for r in rows]
     left = [first, *others]
     ax.barh(0, first, color=color, alpha=.35)
-    _write(ax, 0, first, f'{first:.1f}')
+    _write(ax, 0, first, first)
     for i,(before,after) in enumerate(zip(left, left[1:]), start=1):
         ax.barh(i, before - after, left=after, color=color)
-        _write(ax, i, before, f'−{before - after:.1f}', after)
+        _write(ax, i, before, after - before)
     end = len(rows)
     ax.barh(end, left[-1], color=color, alpha=.35)
     low,high = (100*rows[-1].get(k, rows[-1]['accuracy']) for k in ('low', 'high'))
     ax.hlines(end, low, high, color='black', lw=1)
-    _write(ax, end, max(high, left[-1]), f'{left[-1]:.1f}')
+    _write(ax, end, max(high, left[-1]), left[-1])
     ax.set_yticks(range(end + 1), [*(r['stage'] for r in rows), 'left'])
     ax.set_ylim(end + .6, -.6)
 
-def _write(ax, y, end, text, start=None):
-    "A number behind its bar; if there is no room, before its start or in it"
-    fits = end < 82
-    place = end if fits or start is None else start
-    aside = dict(xytext=(3 if fits else -3, 0), textcoords='offset points', ha='left' if fits else 'right')
-    ax.annotate(text, (place, y), fontsize=9, va='center', **aside)
+def _write(ax, y, end, value):
+    "A number behind its bar"
+    text = f'{value:.1f}'.replace('-0.0', '0.0').replace('-', '−')
+    ax.annotate(text, (end, y), (3, 0), textcoords='offset points', fontsize=9, va='center')

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+from packaging.version import parse as parse_version
 from torch import nn
 
 from ..core import environment, fork_rng, get_rng_state, load_tensors, lookup, peek_batch, read_json, set_rng_state, shown
@@ -414,10 +415,13 @@ def evaluated(self:Run) -> list:
     return [r for r in self.evaluations if 'last' in r] or self.trained
 
 # %% ../../nbs/runs/run.ipynb #c10c3006
+# From 3.1 on pandas reads each number as it was written, and warns of being asked for it
+_exact = {} if parse_version(pd.__version__) >= parse_version('3.1') else dict(float_precision='round_trip')
+
 def read_history(file) -> pd.DataFrame: # 'method', 'epoch', ...; or None
     "A table of epochs, if there is one"
     if not file.is_file(): return None
-    try: saved = pd.read_csv(file, float_precision='round_trip')
+    try: saved = pd.read_csv(file, **_exact)
     except ValueError: saved = pd.DataFrame()
     if {'method', 'epoch'} <= {*saved.columns}: return saved
     raise ValueError(f'{file} is damaged: expected a table with the columns method and epoch. Remove it, and --resume makes it again')

@@ -95,7 +95,7 @@ def _choose_speed(run):
 def _mend(run):
     "Write settings and history again if their files are missing; damaged ones are found before anything is trained"
     run.results, run.evaluations
-    if not (run.out/'settings.json').exists(): run.save()
+    if not all((run.out/name).exists() for name in ('settings.json', 'recipe.toml')): run.save()
     for method,rows in run.lost_rows().items(): _save_rows(run.out/'history.csv', method, rows)
 
 def _time_left(run) -> TimeLeft:

@@ -100,7 +100,7 @@ def paper_table(
     "A table by its number; one that is not there is a `ValueError` with the nearest names"
     typed = check_name('table', id).strip().lower()
     typed = re.sub(r'^table\s*', '', re.sub(r'^fig(ure|\.)?\s*', 'f', typed))
-    return lookup(typed.upper(), _tables(), 'table')
+    return _tables().get(typed.upper()) or lookup(id, _tables(), 'table')
 
 # %% ../../nbs/studies/paper.ipynb #9a9e000f
 def paper_row(
@@ -110,7 +110,8 @@ def paper_row(
     id,slash,name = check_name('row', key).partition('/')
     if not slash or not name.strip():
         raise ValueError(f'row {key!r}: expected a table and a row of it, such as "6/TRADES + TRAIN". See fastrain table 6')
-    table = paper_table(id)
+    try: table = paper_table(id)
+    except ValueError as e: raise ValueError(f'row {key!r}: {e}') from None
     return table,_named(table, name.strip())
 
 def _named(table, name):

@@ -8,12 +8,17 @@ __all__ = ['scales', 'row_method', 'table_methods', 'row_settings', 'table_attac
 
 # %% ../../nbs/studies/rows.ipynb #40b50002
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from ..core import check_number, lookup
+import timm
+
+from ..core import check_name, check_number, lookup
+from ..data.sources import SOURCES
 from ..runs.recipe import Recipe, given_settings
 from .experiment import SCALES, Experiment
 from .paper import Row, Table, paper_row, paper_table
 from ..training.methods import parse_method
+from ..training.standard import is_trained
 
 # %% ../../nbs/studies/rows.ipynb #40b50005
 def row_method(row:Row) -> str: # '' if there is no such method
@@ -125,9 +130,16 @@ def _experiment(table, row, scale, seed, attacks, changed) -> Experiment:
     return Experiment(f'{table.id}/{row.name}', recipe, method, attacks, scale, changed, table.pictures)
 
 def _given(changed) -> dict:
-    "Overrides by the names of fields, without those that are None"
+    "Overrides by the names of fields, without those that are None; what they name must be there"
     for k in changed: lookup(k, Recipe.__dataclass_fields__, 'setting')
-    return {k: v for k,v in changed.items() if v is not None}
+    given = {k: v for k,v in changed.items() if v is not None}
+    for k in ('backbone', 'standard'): _check_backbone(k, given.get(k))
+    if 'data' in given and not Path(check_name('data', given['data'])).is_dir(): lookup(given['data'], SOURCES, 'data set or folder')
+    return given
+
+def _check_backbone(kind, name):
+    if name is None or is_trained(check_name(kind, name)): return
+    lookup(name.partition('.')[0], timm.list_models(), kind)
 
 def _with_epochs(settings, changed) -> dict:
     "What follows from another number of epochs, unless it is changed, too"

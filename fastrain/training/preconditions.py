@@ -94,21 +94,25 @@ def check_pieces(
     "Errors for pieces that cannot work together, each with its reason"
     if 'adv' not in robust.needs: _check_without_attack(robust, strategy, relations)
     if strategy and type(robust).plan is not RobustLoss.plan:
-        raise ValueError(f'{robust} brings a strategy of its own, which {strategy} would replace: leave one of them out')
+        raise ValueError(f'{_called(robust)} brings a strategy of its own, which {_called(strategy)} would replace: leave one of them out')
     for p in (robust, *relations):
         if 'std' in p.needs and not standard:
-            raise ValueError(f'{p} needs a standard model: pass `standard`, for example the name of a backbone')
+            raise ValueError(f'{_called(p)} needs a standard model: pass `standard`, for example the name of a backbone')
     check_terms(relations)
     for r in relations:
         if r.joint and frozen:
-            raise ValueError(f'{r} would train the standard model, but its policy keeps it frozen: '
+            raise ValueError(f'{_called(r)} would train the standard model, but its policy keeps it frozen: '
                              'let it be co-trained, or use detach=True')
 
 def _check_without_attack(robust, strategy, relations):
     about_adversaries = [p for p in relations if 'adv' in p.needs] + [strategy]*(strategy is not None)
     for p in about_adversaries:
-        raise ValueError(f'{p} is about adversarial images, but {robust} makes none: '
+        raise ValueError(f'{_called(p)} is about adversarial images, but {_called(robust)} makes none: '
                          'combine it with an adversarial method such as at or trades')
+
+def _called(piece):
+    "Its class, and the name by which it is typed"
+    return f'{type(piece).__name__} ({piece.key})' if piece.key else type(piece).__name__
 
 # %% ../../nbs/training/preconditions.ipynb #d9632aa2
 _columns = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'robust_loss', 'lambda', 'std_loss', 'std_accuracy', 'time')
