@@ -272,7 +272,7 @@ def _seeds(s) -> list:
 
 def reproduce(
     *what:str, # Rows of the paper's tables ("6/TRADES + TRAIN"), tables (6), all, or files of experiments (row.toml)
-    scale:str='paper', # tiny (digits, about a minute a row), small (an hour on 2 cores) or paper (the row itself)
+    scale:str='paper', # tiny (digits, small networks), small (5,000 images of CIFAR-10, small networks) or paper (the row itself)
     seeds:str='1', # Seeds, comma-separated
     out:str='runs/reproduce', # Folder of the ledger and of the runs; the same command goes on there, also as several processes
     epochs:int=None, # Instead of those of the row

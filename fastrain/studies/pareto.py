@@ -201,7 +201,7 @@ def verdict(
     if not row.seeds: return 'has no range of robust accuracy in common with the others, so their fronts cannot be compared'
     gain = f'{row.gain:+.1f} points of natural accuracy at equal robust accuracy'
     if row.seeds == 1: return f'{gain} in one seed, which cannot tell it from chance'
-    of = f'{gain} ({row.low:+.1f} to {row.high:+.1f} at 95 %, {row.seeds} seeds)'
+    of = f'{gain} ({row.low:+.1f} to {row.high:+.1f} at 95 %, {row.seeds:.0f} seeds)'
     if row.low > 0: return f'is beyond the front of the others: {of}'
     if row.high < 0: return f'is behind the front of the others: {of}'
     return f'lies along the front of the others, as far as these seeds tell: {of}'
