@@ -58,3 +58,8 @@ from fastrain.runs.compare import *
 from fastrain.studies.experiment import *
 from fastrain.studies.paper import paper_row, paper_table, paper_tables, printed_number # not Row, which is that of an evaluation
 from fastrain.studies.rows import *
+from fastrain.studies.ledger import Ledger, find_ledger, read_ledger
+from fastrain.studies.reproduce import asked_experiments, reproduce
+from fastrain.studies.cost import Cost, StudyCost, experiment_cost, measure_step, study_cost
+from fastrain.studies.study_report import study_report
+from fastrain.studies.pareto import Family, family_experiments, pareto_report

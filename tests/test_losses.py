@@ -393,11 +393,12 @@ def _labels_term(key, v, weight, smoothing, plain):
     w = weight[v.y]
     if key in ('at', 'gairat', 'mca'): return dict(plain, ce=ce(v.adv.logits))
     if key in ('trades', 'standard'): return dict(plain, ce=ce(v.nat.logits))
+    if key == 'mix': return dict(ce=ce(v.nat.logits)/2, adv=ce(v.adv.logits)/2)
     if key == 'alp': return dict(plain, ce=ce(v.nat.logits)/2 + ce(v.adv.logits)/2)
     rival = v.adv.logits.softmax(1).scatter(1, v.y[:,None], -1).amax(1)
     return dict(plain, bce=ce(v.adv.logits) - (w*(1.0001 - rival + 1e-12).log()).sum()/w.sum())
 
-@pytest.mark.parametrize('key', ['at', 'trades', 'alp', 'mart', 'gairat', 'mca', 'standard'])
+@pytest.mark.parametrize('key', ['at', 'trades', 'alp', 'mart', 'gairat', 'mca', 'mix', 'standard'])
 @pytest.mark.parametrize('smoothing', [0., .2])
 def test_weights_and_smoothing_in_every_loss(key, smoothing):
     v,weight = _outputs(),torch.tensor([1., 2., .5, 3.])

@@ -47,6 +47,17 @@ BAD = dict(
         row=['6', '6/', '6/TRADES + TRANE', '66/TRADES', *NAME], scale=NAME, seed=SEED, data=NAME, backbone=NAME, standard=NAME,
         epochs=[*COUNT, '0'], bs=[*COUNT, '0', '2'], lam=NUMBER, n_train=[*COUNT, '0'], n_test=[*COUNT, '0'], attacks=ATTACKS))
 
+BAD |= dict(
+    reproduce=dict(
+        what=['nowhere', 'nowhere.toml', '', LONG], scale=NAME, seeds=['1,,2', *SEED], out=['', LONG], epochs=[*COUNT, '0'],
+        n_train=[*COUNT, '0'], backbone=NAME, data=NAME, path=['nowhere', '', LONG], device=NAME, again=['=maybe'], commands=['=maybe'],
+        dry_run=['=maybe'], load=FILES),
+    report=dict(ledgers=['nowhere', '', LONG], out=['', LONG]),
+    pareto=dict(
+        families=['nowhere', 'at+train lam=x', '', LONG], scale=NAME, seeds=['1,,2', *SEED], out=['', LONG],
+        attacks=['natural', *ATTACKS], epochs=[*COUNT, '0'], n_train=[*COUNT, '0'], backbone=NAME, data=NAME, path=['nowhere', '', LONG],
+        device=NAME, again=['=maybe'], dry_run=['=maybe'], load=FILES))
+
 CASES = [(command, option, value) for command,options in BAD.items() for option,values in options.items() for value in values]
 
 BASE = dict(
@@ -58,6 +69,11 @@ BASE = dict(
     table=[],
     recipe=['6/TRADES + TRAIN', '--scale', 'tiny'])
 POSITIONAL = dict(evaluate='run', compare='runs', methods='piece', table='number', recipe='row')
+BASE |= dict(
+    reproduce=['6/Vanilla AT', '--scale', 'tiny', '--out', 'new', '--device', 'cpu'],
+    report=['RUN'],
+    pareto=['at+train lam=1', '--scale', 'tiny', '--seeds', '1', '--out', 'new', '--device', 'cpu'])
+POSITIONAL |= dict(reproduce='what', report='ledgers', pareto='families')
 
 def typed(command, option, value, run) -> list:
     "The command line"

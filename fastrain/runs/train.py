@@ -74,7 +74,7 @@ def _record(run, method, learn, attacks, command) -> dict:
                 speed=learn.train_cb.speed.settings())
 
 # %% ../../nbs/runs/train.ipynb #c10c4002
-def _finish(run, attacks, command) -> list:
+def _finish(run, attacks, command, pictures='all') -> list:
     "Do what is left of a run"
     with ExitStack() as held:
         first_does(lambda: held.enter_context(run.lock()))
@@ -86,7 +86,7 @@ def _finish(run, attacks, command) -> list:
             if is_first(): print(f'\n{method} ({run.recipe.backbone}, {run.recipe.epochs} epochs)')
             learn = train_method(run, method, [left])
             _enter(run, _record(run, method, learn, attacks, command))
-        first_does(lambda: show_run(run, run.results, 'all'))
+        first_does(lambda: show_run(run, run.results, pictures))
     return run.results
 
 def _choose_speed(run):
@@ -148,14 +148,15 @@ def resume_run(
     methods=(), # Methods to add to those of the run
     attacks=None, # Attacks by name, under which what is left is evaluated; None: those of the run
     settings:dict=None, # Arguments of `make_recipe` that must agree with the run's, save for `path`, and `epochs`, which may grow
-    command:str=None # What was typed, for the report
+    command:str=None, # What was typed, for the report
+    pictures='all' # Names of those to draw, see `fastrain.runs.gallery.pictures`
 ) -> list: # A record per method, as in `results.json`
     "Do what is left of a run, and what is new in `methods`: nothing is trained or evaluated twice"
     settings = settings or {}
     with ExitStack() as held:
         run = _opened(lambda: _agreed(held, out, device, methods, attacks, settings), out, device, settings.get('path'))
         left = recipe_attacks(run.recipe, attacks or run.settings.get('attacks', _attacks))
-        return _finish(run, left, command)
+        return _finish(run, left, command, pictures)
 
 def _agreed(held, out, device, methods, attacks, settings) -> Run:
     "A run with what is new, locked as long as `held`"
