@@ -1,6 +1,6 @@
 """Twenty kills at random points of a table that four processes work through on one ledger: are the figures those of a run that nobody
 disturbed, is nothing run twice, and is nothing lost? `python bench/kills.py [--kills 20] [--out bench/results/kills.json]`"""
-import argparse, contextlib, io, json, multiprocessing, os, random, signal, sys, tempfile, time
+import argparse, contextlib, io, json, multiprocessing, random, sys, tempfile, time
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +24,7 @@ def start(out):
     p.start()
     return p
 
-def disturb(out, n_processes, kills, rng) -> list: # Seconds after the start, number of rows done
+def disturb(out, n_processes, kills, rng) -> list: # Seconds after the start, and states of the rows
     "Processes on one ledger, of which one after the other is killed and started anew"
     began,killed = time.perf_counter(),[]
     processes = [start(out) for _ in range(n_processes)]
@@ -35,14 +35,16 @@ def disturb(out, n_processes, kills, rng) -> list: # Seconds after the start, nu
             i = rng.choice(alive)
             processes[i].kill()
             processes[i].join()
-            killed.append((round(time.perf_counter() - began, 2), Ledger(out/'ledger.sqlite').counts() if (out/'ledger.sqlite').exists() else {}))
+            counts = Ledger(out/'ledger.sqlite').counts() if (out/'ledger.sqlite').exists() else {}
+            killed.append((round(time.perf_counter() - began, 2), counts))
             processes[i] = start(out)
     for p in processes: p.join()
     return killed
 
 def figures(out):
     found = read_ledger(out)
-    return found[found.figure != 'seconds_per_epoch'].drop(columns=['seconds', 'id']).sort_values(['key', 'which', 'figure']).reset_index(drop=True)
+    found = found[found.figure != 'seconds_per_epoch'].drop(columns=['seconds', 'id'])
+    return found.sort_values(['key', 'which', 'figure']).reset_index(drop=True)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -66,7 +68,8 @@ def main():
         found = dict(kills=len(kills), processes=args.processes, rows=len(rows), done=sum(r['state'] == 'done' for r in rows),
                      taken_over=sum(r['turn'] - 1 for r in rows), figures=len(figures(killed)), same_figures=bool(same),
                      each_epoch_once=bool(once), shared_models=len(list((killed/'shared').glob('*.pt'))),
-                     seconds_undisturbed=round(undisturbed, 1), seed=args.seed, at=kills, revision=code_revision(), environment=environment('cpu'))
+                     seconds_undisturbed=round(undisturbed, 1), seed=args.seed, at=kills,
+                     revision=code_revision(), environment=environment('cpu'))
     save_json(args.out, found)
     print(json.dumps({k: v for k,v in found.items() if k not in ('at', 'environment')}))
     if not (same and once and found['done'] == len(rows) and len(kills) == args.kills): sys.exit('not as it was to be')

@@ -293,7 +293,8 @@ def reproduce(
     given = locals()
     load_pieces(load)
     from fastrain.studies.reproduce import asked_experiments
-    if not what or '' in what: raise ValueError('what is it to be? Name a row ("6/TRADES + TRAIN"), a table (6), or all; fastrain tables lists them')
+    if not what or '' in what:
+        raise ValueError('what is it to be? Name a row ("6/TRADES + TRAIN"), a table (6), or all; fastrain tables lists them')
     changed = _given(epochs=epochs, n_train=n_train, backbone=backbone, data=data)
     pairs = asked_experiments(what, scale, _seeds(seeds), path, **changed)
     if commands: return print('\n'.join(_command_of_one(given, typed, e.seed) for typed,e in pairs))
@@ -359,7 +360,8 @@ def pareto(
     if '' in families: raise ValueError('families: one of them is empty: leave it out')
     chosen = [Family.parse(f) for f in families or FAMILIES]
     names = _items('attacks', attacks)
-    if names[:1] != ['natural'] or len(names) < 2: raise ValueError(f'--attacks {attacks}: expected natural and an attack, as in natural,pgd20')
+    if names[:1] != ['natural'] or len(names) < 2:
+        raise ValueError(f'--attacks {attacks}: expected natural and an attack, as in natural,pgd20')
     changed = _given(epochs=epochs, n_train=n_train, backbone=backbone, data=data)
     experiments = family_experiments(chosen, scale, _seeds(seeds), names, path, **changed)
     _place(device)
