@@ -728,7 +728,7 @@ def test_n_support():
     assert torch.cat([y for _,y in subset]).bincount(minlength=10).tolist() == [4]*10
     def of(support): return run(model, attacks='topology,fgsm', support=support, ks=(10,)).topology
     assert ev.topology == of(subset) != of(train)
-    with pytest.raises(ValueError, match='n=201, but there are only 200'):
+    with pytest.raises(ValueError, match='n_support=201, but there are only 200'):
         run(model, attacks='topology,fgsm', support=train, n_support=201)
 
 def test_topology_needs_training_images():

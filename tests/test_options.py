@@ -35,7 +35,7 @@ BAD = dict(
         run=NAME, attacks=ATTACKS, n=[*COUNT, '0', '1000000'], eps=[*SIZE, '255', '1/255,,2/255'], images=['=maybe'], rescore=['=maybe'],
         pictures=[*NAME, 'eps', 'curves,,images'], method=['trades', *METHODS],
         which=[*NAME, 'last,,best', 'average'], n_support=[*COUNT, '0', '1000000', '1'],
-        path=['nowhere', '', LONG], device=NAME, load=FILES,
+        path=['nowhere', '', LONG], device=NAME, load=FILES, fast=['=maybe'],
         # These are for models that are not of a run
         data=NAME, weights=['nowhere.pt'], backbone=NAME, standard=['nowhere.pt'], img_size=COUNT,
         bs=COUNT, norm=NAME, seed=SEED, out=['new']),

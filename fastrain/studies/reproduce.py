@@ -57,7 +57,8 @@ def _one_data_set(pairs, path):
 def _at_path(e, path): return e if path is None else replace(e, recipe=replace(e.recipe, path=str(path)))
 
 # %% ../../nbs/studies/reproduce.ipynb #4e9d0008
-_not_of_warm_up = ('path', 'apart', 'epochs', 'drops', 'warmup_lr', 'eps', 'alpha', 'steps', 'norm', 'lam', 'lam_schedule', 'eval_eps', 'eval_alpha',
+_not_of_warm_up = ('path', 'apart', 'epochs', 'drops', 'warmup_lr',
+                    'eps', 'alpha', 'steps', 'norm', 'lam', 'lam_schedule', 'eval_eps', 'eval_alpha',
                    'n_valid', 'strict') # settings of a recipe that the standard model does not feel while it trains alone
 
 def warm_up_name(recipe) -> str:
