@@ -27,7 +27,6 @@ from .measure import Batches, Job, Store, full_precision, measure, model_place, 
 from .record import Evaluation, read_evaluation, read_evaluations, subset_name, summarise
 from .scores import Evidence, Measure, wilson
 from ..processes import first_does
-from ..speed.attacked import attacked_copies
 
 # %% ../../nbs/evaluation/evaluate.ipynb #0b9b98b0
 def parse_figures(
@@ -187,6 +186,7 @@ def _copies(model, batches, attacks, out) -> dict:
     x,y = next(((x, y) for x,y in batches if len(x)), (None, None))
     if x is None: return {}
     check_images(x)
+    from fastrain.speed.attacked import attacked_copies # evaluation does without that wing unless it is asked for
     own = {k: a.attack for k,a in attacks.items() if a.kind != 'own'}
     with full_precision(), eval_mode(model):
         return attacked_copies(model, x.to(device, dtype), y.to(device).long(), own, out and Path(out)/'speed.json')
