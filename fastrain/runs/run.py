@@ -210,9 +210,14 @@ def _surroundings(device) -> dict:
 
 @patch
 def save(self:Run):
-    "Write `settings.json`, and the same recipe as a text to edit and give back"
-    save_text(self.out/'recipe.toml', recipe_toml(self.recipe, self.methods, self.settings.get('attacks', ())))
+    "Write `settings.json`, with which the folder is a run that can be continued, and the same recipe as a text"
     save_json(self.out/'settings.json', self.plain_settings())
+    save_text(self.out/'recipe.toml', self.recipe_text)
+
+@patch(as_prop=True)
+def recipe_text(self:Run) -> str: # TOML
+    "The recipe as a text to edit and give back"
+    return recipe_toml(self.recipe, self.methods, self.settings.get('attacks', ()))
 
 @patch
 def plain_settings(self:Run) -> dict: # As in `settings.json`

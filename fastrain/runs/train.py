@@ -99,8 +99,10 @@ def _choose_speed(run):
 def _mend(run):
     "Write settings and history again if their files are missing; damaged ones are found before anything is trained"
     run.results, run.evaluations
-    if not all((run.out/name).exists() for name in ('settings.json', 'recipe.toml')): run.save()
+    if not (run.out/'settings.json').exists() or not _holds(run.out/'recipe.toml', run.recipe_text): run.save()
     for method,rows in run.lost_rows().items(): _save_rows(run.out/'history.csv', method, rows)
+
+def _holds(file, text): return file.is_file() and file.read_bytes() == text.encode()
 
 def _time_left(run) -> TimeLeft:
     "For all methods that are not trained yet, and the warm-up that they share"
