@@ -13,6 +13,6 @@ setup(
     classifiers=[f'Development Status :: {statuses[int(cfg["status"])-1]}', f'Intended Audience :: {cfg["audience"]}',
                  'Programming Language :: Python :: 3 :: Only'],
     install_requires=cfg['requirements'].split(),
-    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'docs')},
+    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'docs', 'ray')},
     entry_points={'console_scripts': cfg['console_scripts'].split(','), 'nbdev': [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']},
 )

@@ -16,6 +16,7 @@ import torch
 from fastcore.script import call_parse
 from torch import Tensor
 
+import fastrain.all # once, where each fork finds it
 from fastrain import cli
 from fastrain.core import environment, load_tensors, save_json
 

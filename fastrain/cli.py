@@ -285,6 +285,9 @@ def reproduce(
     path:str=None, # Local copy of the data set (default: download)
     device:str=None, # cpu, cuda, ... (default: a GPU if there is one)
     again:bool=False, # Run those once more that are done
+    on:str='here', # Where rows are run: here, or as tasks of ray (pip install "fastrain[ray]"), on all machines of its cluster
+    cpus:float=None, # Cores of each task on Ray (default 1)
+    gpus:float=None, # GPUs of each task on Ray, such as 0.5 for two tasks on one (default 1 if the cluster has any)
     commands:bool=False, # Print a command for each row and seed, for a queue of jobs, and run nothing
     dry_run:bool=False, # Say what it will cost, and run nothing
     load:str=None # Python files with pieces of your own, comma-separated
@@ -298,27 +301,38 @@ def reproduce(
     changed = _given(epochs=epochs, n_train=n_train, backbone=backbone, data=data)
     pairs = asked_experiments(what, scale, _seeds(seeds), path, **changed)
     if commands: return print('\n'.join(_command_of_one(given, typed, e.seed) for typed,e in pairs))
-    _place(device)
-    _run_study([e for _,e in pairs], out, device, again, dry_run)
+    _run_study([e for _,e in pairs], out, device, again, dry_run, _workers(on, device, cpus, gpus, load))
     if not dry_run: print(f'fastrain report {shlex.quote(out)} puts them beside the printed ones')
 
 def _command_of_one(given, typed, seed): return command_line(reproduce, dict(given, what=[typed], seeds=str(seed), commands=False))
 
-def _run_study(experiments, out, device, again, dry_run):
+def _workers(on, device, cpus, gpus, load):
+    "Where the rows of a study are run; a device of this machine is looked at before any work"
+    from fastrain.studies.workers import make_workers
+    if on == 'here': _place(device)
+    elif device == 'cpu' and gpus is None: gpus = 0
+    return make_workers(on, cpus=cpus, gpus=gpus, load=_items('load', load))
+
+def _run_study(experiments, out, device, again, dry_run, workers):
     "Say what experiments will cost, run them, and end with an error if one failed"
-    from pathlib import Path
-    from fastrain.studies.cost import check_room, study_cost
     from fastrain.studies.reproduce import reproduce as run_all, states_text, to_do
     waiting = to_do(experiments, out, again)
-    if waiting:
-        cost = study_cost(waiting, device, None if dry_run else Path(out)/'costs.json')
-        print(f'{cost.text()}\n', flush=True)
-        check_room(cost, out)
-    if dry_run: return
-    rows = run_all(experiments, out, device, again)
+    with workers if waiting else nullcontext(): # nothing is started for what is done
+        if waiting: _say_cost(waiting, out, device, dry_run, workers)
+        if dry_run: return
+        rows = run_all(experiments, out, device, again, workers)
     print(f'\n{states_text(rows)}')
     failed = sum(r['state'] == 'failed' for r in rows)
     if failed: raise ValueError(f'{failed} of {len(rows)} rows failed, see above. The same command tries them again')
+
+def _say_cost(experiments, out, device, dry_run, workers):
+    "Measured where the rows will run; an error if there is not enough room"
+    from pathlib import Path
+    from fastrain.studies.cost import check_room, study_cost
+    cost = workers.submit(study_cost, experiments, device, None if dry_run else Path(out)/'costs.json').result()
+    print(f'{cost.text()}\n', flush=True)
+    check_room(cost, out)
+    if workers.room() > 1: print(f'{workers.room()} at once', flush=True)
 
 # %% ../nbs/cli.ipynb #1ed90004
 def report(
@@ -350,11 +364,16 @@ def pareto(
     path:str=None, # Local copy of the data set (default: download)
     device:str=None, # cpu, cuda, ... (default: a GPU if there is one)
     again:bool=False, # Run those once more that are done
+    on:str='here', # Where members are run: here, or as tasks of ray (pip install "fastrain[ray]"), on all machines of its cluster
+    cpus:float=None, # Cores of each task on Ray (default 1)
+    gpus:float=None, # GPUs of each task on Ray, such as 0.5 for two tasks on one (default 1 if the cluster has any)
+    commands:bool=False, # Print a command for each member and seed, for a queue of jobs, and run nothing
     dry_run:bool=False, # Say what it will cost, and run nothing
     load:str=None # Python files with pieces of your own, comma-separated
 ):
     "Train families of settings, and compare their fronts of natural and robust accuracy"
-    command = command_line(pareto, locals())
+    given = locals()
+    command = command_line(pareto, given)
     load_pieces(load)
     from fastrain.studies.pareto import FAMILIES, Family, family_experiments, pareto_report
     if '' in families: raise ValueError('families: one of them is empty: leave it out')
@@ -364,10 +383,15 @@ def pareto(
         raise ValueError(f'--attacks {attacks}: expected natural and an attack, as in natural,pgd20')
     changed = _given(epochs=epochs, n_train=n_train, backbone=backbone, data=data)
     experiments = family_experiments(chosen, scale, _seeds(seeds), names, path, **changed)
-    _place(device)
-    try: _run_study(experiments, out, device, again, dry_run)
+    if commands: return print('\n'.join(_commands_of_members(given, chosen, _seeds(seeds))))
+    workers = _workers(on, device, cpus, gpus, load)
+    try: _run_study(experiments, out, device, again, dry_run, workers)
     finally:
         if not dry_run: _show_fronts(lambda: pareto_report([out], chosen, out, names[1], scale, changed, command), out)
+
+def _commands_of_members(given, families, seeds) -> list:
+    members = dict.fromkeys(text for family in families for text in family.texts())
+    return [command_line(pareto, dict(given, families=[text], seeds=str(seed), commands=False)) for seed in seeds for text in members]
 
 def _show_fronts(make, out):
     "Also of what is done so far"
@@ -432,10 +456,12 @@ _groups = dict(
 _commands |= dict(reproduce=reproduce, report=report, pareto=pareto)
 _groups |= dict(
     reproduce={
-        'what to run': 'scale seeds out device again commands dry_run',
+        'what to run': 'scale seeds out device again dry_run',
+        'on a cluster': 'on cpus gpus commands',
         'instead of what the row has': 'epochs n_train backbone data path'},
     pareto={
         'what to run': 'scale seeds out attacks device again dry_run',
+        'on a cluster': 'on cpus gpus commands',
         'instead of what the scale has': 'epochs n_train backbone data path'})
 
 # %% ../nbs/cli.ipynb #da300002

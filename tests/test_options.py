@@ -51,12 +51,14 @@ BAD |= dict(
     reproduce=dict(
         what=['nowhere', 'nowhere.toml', '', LONG], scale=NAME, seeds=['1,,2', *SEED], out=['', LONG], epochs=[*COUNT, '0'],
         n_train=[*COUNT, '0'], backbone=NAME, data=NAME, path=['nowhere', '', LONG], device=NAME, again=['=maybe'], commands=['=maybe'],
+        on=NAME, cpus=[*NUMBER, '0', '2'], gpus=[*NUMBER, '2'],
         dry_run=['=maybe'], load=FILES),
     report=dict(ledgers=['nowhere', '', LONG], out=['', LONG]),
     pareto=dict(
         families=['nowhere', 'at+train lam=x', '', LONG], scale=NAME, seeds=['1,,2', *SEED], out=['', LONG],
         attacks=['natural', *ATTACKS], epochs=[*COUNT, '0'], n_train=[*COUNT, '0'], backbone=NAME, data=NAME, path=['nowhere', '', LONG],
-        device=NAME, again=['=maybe'], dry_run=['=maybe'], load=FILES))
+        device=NAME, again=['=maybe'], dry_run=['=maybe'], load=FILES,
+        on=NAME, cpus=[*NUMBER, '0', '2'], gpus=[*NUMBER, '2'], commands=['=maybe']))
 
 CASES = [(command, option, value) for command,options in BAD.items() for option,values in options.items() for value in values]
 

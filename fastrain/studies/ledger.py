@@ -228,25 +228,31 @@ _mine = "WHERE id=? AND turn=? AND state='taken'"
 
 @patch
 @contextmanager
-def keeping(self:Ledger, row:Taken):
-    "Show inside the `with` that this process is alive; if it ends with an interrupt, the row waits again"
-    ended = threading.Event()
-    thread = threading.Thread(target=self._beat_until, args=(ended, row), daemon=True)
+def keeping(self:Ledger,
+    *rows # `Taken`
+):
+    "Show inside the `with` that this process is alive; if it ends with an interrupt, the rows wait again. Gives a dict of rows by number"
+    mine,ended = {row.id: row for row in rows},threading.Event()
+    thread = threading.Thread(target=self._beat_until, args=(ended, mine), daemon=True)
     thread.start()
-    try: yield
+    try: yield mine
     except (KeyboardInterrupt, SystemExit):
-        self.release(row)
+        for row in mine.values(): self.release(row)
         raise
     finally:
         ended.set()
         thread.join()
 
 @patch
-def _beat_until(self:Ledger, ended, row):
+def _beat_until(self:Ledger, ended, mine):
     while not ended.wait(self.beat):
         try:
-            with self._writing() as db: db.execute(f'UPDATE experiments SET heartbeat=? {_mine}', (time.time(), row.id, row.turn))
+            for row in list(mine.values()): self._beat(row)
         except OSError: pass # the next one may succeed
+
+@patch
+def _beat(self:Ledger, row):
+    with self._writing() as db: db.execute(f'UPDATE experiments SET heartbeat=? {_mine}', (time.time(), row.id, row.turn))
 
 @patch
 def release(self:Ledger, row:Taken):

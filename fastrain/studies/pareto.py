@@ -112,6 +112,11 @@ class Family:
         if not self.setting: return [(m, m, {}) for m in (self.method.replace('{}', v) for v in self.values)]
         return [(f'{self.method} {self.setting}={v}', self.method, {self.setting: float(v)}) for v in self.values]
 
+    def texts(self) -> list:
+        "Each member as a family of its own, as `parse` takes it"
+        turned = f'{self.method} {self.setting}=' if self.setting else f'{self.method} '
+        return [f'{turned}{v}' for v in self.values]
+
 # %% ../../nbs/studies/pareto.ipynb #9a7e000a
 def family_experiments(
     families, # `Family`s

@@ -8,6 +8,7 @@ __all__ = ['asked_experiments', 'warm_up_name', 'share_warm_up', 'data_fingerpri
 
 # %% ../../nbs/studies/reproduce.ipynb #4e9d0002
 import hashlib, json, os, re, shutil, subprocess
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from .experiment import Experiment
 from .ledger import Ledger, Taken, row_identity
 from .paper import paper_tables
 from .rows import row_experiment, table_experiments
+from .workers import Here
 from ..training.callback import TRAINCallback
 
 # %% ../../nbs/studies/reproduce.ipynb #4e9d0005
@@ -175,24 +177,34 @@ def reproduce(
     experiments, # `Experiment`s, in the order in which they are wanted
     out, # Folder of the ledger and of the runs
     device=None, # 'cpu', 'cuda', ...; None: fastai's default
-    again:bool=False # Run those once more that are done?
+    again:bool=False, # Run those once more that are done?
+    workers=None # Where rows are run, entered already, see `make_workers`; None: in this process
 ) -> list: # What the ledger has of them, a dict each
     "Run what is waiting, until there is nothing left that another process does not have"
-    ledger = Ledger(Path(out)/'ledger.sqlite')
+    ledger,workers,running = Ledger(Path(out)/'ledger.sqlite'),workers or Here(),{}
     ids = ledger.enter(experiments, again)
-    while row := ledger.take(ids):
-        print(f'\n== {row.experiment.key} ({row.experiment.scale}, seed {row.experiment.seed})', flush=True)
-        with ledger.keeping(row): _run_and_enter(ledger, row, out, device)
-    return ledger.rows(ids)
+    with ledger.keeping() as mine:
+        while True:
+            while len(running) < workers.room() and (row := ledger.take(ids)):
+                mine[row.id] = row
+                print(f'\n== {_named(row)}', flush=True)
+                running[workers.submit(run_row, row, out, device)] = row
+            if not running: return ledger.rows(ids)
+            for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                row = running.pop(ended)
+                _enter_end(ledger, row, ended)
+                del mine[row.id]
 
-def _run_and_enter(ledger, row, out, device):
-    try: result = run_row(row, out, device)
-    except Exception as e:
+def _named(row) -> str: return f'{row.experiment.key} ({row.experiment.scale}, seed {row.experiment.seed})'
+
+def _enter_end(ledger, row, ended):
+    "What came out of a row, or what went wrong"
+    e = ended.exception()
+    if e is not None:
         error = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        print(f'failed: {error}', flush=True)
+        print(f'failed: {_named(row)}: {error}', flush=True)
         ledger.fail(row, error)
-    else:
-        if not ledger.finish(row, **result): print('another process has taken this row over, which will enter it')
+    elif not ledger.finish(row, **ended.result()): print(f'another process has taken {_named(row)} over, which will enter it')
 
 # %% ../../nbs/studies/reproduce.ipynb #4e9d000f
 def to_do(
