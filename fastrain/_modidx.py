@@ -1777,6 +1777,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastrain.speed.fast._cpu_info': ('speed/fast.html#_cpu_info', 'fastrain/speed/fast.py'),
                                      'fastrain.speed.fast._fastest': ('speed/fast.html#_fastest', 'fastrain/speed/fast.py'),
                                      'fastrain.speed.fast._has_bf16': ('speed/fast.html#_has_bf16', 'fastrain/speed/fast.py'),
+                                     'fastrain.speed.fast._imitated': ('speed/fast.html#_imitated', 'fastrain/speed/fast.py'),
                                      'fastrain.speed.fast._kept': ('speed/fast.html#_kept', 'fastrain/speed/fast.py'),
                                      'fastrain.speed.fast._measured': ('speed/fast.html#_measured', 'fastrain/speed/fast.py'),
                                      'fastrain.speed.fast._n_options': ('speed/fast.html#_n_options', 'fastrain/speed/fast.py'),

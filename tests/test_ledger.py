@@ -13,6 +13,7 @@ from fastrain.runs.recipe import make_recipe
 from fastrain.runs.train import train_run
 from fastrain.studies.experiment import Experiment
 from fastrain.studies.ledger import Ledger, process_start, read_ledger
+from fastrain.studies.study_report import study_report
 from fastrain.studies.reproduce import asked_experiments, reproduce, run_figures, share_warm_up, warm_up_name
 
 fork = multiprocessing.get_context('fork') if hasattr(os, 'fork') else None
@@ -210,6 +211,15 @@ def test_a_shared_warm_up_gives_the_figures_of_one_of_its_own(tmp_path):
         found = {(f['which'], f['figure']): f['value'] for f in run_figures(alone) if f['figure'] != 'seconds_per_epoch'}
         there = figures(tmp_path)[lambda df: df.key == e.key]
         assert dict(zip(zip(there.which, there.figure), there.value)) == found
+
+@slow
+@pytest.mark.parametrize('row, picture', [('F4/TRADES', 'tsne'), ('F3/β = 2', 'topology')])
+def test_figures_of_the_paper_are_drawn_of_each_run_and_in_the_report(row, picture, tmp_path):
+    attacks = ('natural', 'pgd20-lbgat', 'topology')
+    rows = reproduce([studies.row_experiment(row, 'tiny', attacks=attacks, **TINY)], tmp_path, 'cpu')
+    assert [(r['state'], r['error']) for r in rows] == [('done', None)]
+    study_report([tmp_path])
+    assert len(list(tmp_path.glob(f'runs/*/{picture}.png'))) == 1 and len(list(tmp_path.glob(f'table-F*{picture}.png'))) == 1
 
 STUDY = '''
 import sys

@@ -228,6 +228,20 @@ def test_weaker_adversaries_are_refused(timed):
     timed['weak'] = ['bf16', 'fp32']
     assert Speed(**choose(trial(fixed=dict(precision='bf16')))['chosen']).precision == 'bf16' # by hand
 
+def test_a_precision_that_is_imitated_is_timed_on_a_few_images_alone(timed, monkeypatch):
+    asked = []
+    def turns(tasks, seconds):
+        asked.extend(tasks)
+        return {k: 20. if k == 'bf16' else 1. for k in tasks}
+    monkeypatch.setattr(fast, 'take_turns', turns)
+    found = choose(trial())
+    whole = [k.precision if isinstance(k, Speed) else k[0] for k in asked if not isinstance(k, str)]
+    assert {*whole} == {'fp32'} and 'bf16' in asked
+    assert [r['gain'] for r in found['table'] if r['options'] == 'bf16'] == [pytest.approx(1/20)]
+    assert Speed(**found['chosen']) == Speed() and 'bf16' in choice_text(found)
+    chosen_by_hand = choose(trial(fixed=dict(precision='bf16')))['chosen']
+    assert chosen_by_hand['precision'] == 'bf16'
+
 def test_tolerance():
     plain = dict(rise=1., wrong=50)
     assert is_as_strong(dict(rise=.985, wrong=49), plain, 100) and is_as_strong(dict(rise=2., wrong=100), plain, 100)

@@ -171,7 +171,8 @@ def _enter_again(self:Ledger, db, there, e, again):
     if differ and not again: raise ValueError(_what_differs(self.file, e, differ))
     if there['state'] == 'taken' and not _is_gone(there, self.stale): return there['id']
     if again and (differ or there['state'] == 'done'): self._wait_anew(db, there['id'], e)
-    elif there['state'] == 'failed': db.execute("UPDATE experiments SET state='waiting', error=NULL WHERE id=?", (there['id'],))
+    elif there['state'] == 'failed':
+        db.execute("UPDATE experiments SET state='waiting', error=NULL, toml=? WHERE id=?", (e.to_toml(), there['id']))
     return there['id']
 
 @patch

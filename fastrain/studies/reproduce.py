@@ -18,6 +18,7 @@ from filelock import FileLock
 
 import fastrain
 from ..core import atomic_path, environment
+from ..runs.evaluate import evaluate_run
 from ..runs.recipe import recipe_learner
 from ..runs.run import CHECKPOINTS, Run
 from ..runs.train import resume_run
@@ -167,7 +168,8 @@ def run_row(
     e,folder = row.experiment,row_folder(out, row)
     run = Run(folder, device) if (folder/'settings.json').is_file() else Run.create(folder, e.recipe, [e.method], device, e.attacks)
     with run.lock(): share_warm_up(run, Path(out)/'shared')
-    resume_run(folder, device, settings=dict(path=e.recipe.path), pictures=e.pictures)
+    resume_run(folder, device, settings=dict(path=e.recipe.path), pictures=())
+    if e.pictures: evaluate_run(folder, e.attacks, e.recipe.path, device, pictures=e.pictures) # of what is kept
     run = Run(folder, device, e.recipe.path)
     return dict(figures=run_figures(run.results[0]), seconds=_seconds(run), environment=environment(device),
                 revision=code_revision(), data=data_fingerprint(run.dls))

@@ -6,7 +6,7 @@
 __all__ = ['WORKERS', 'Here', 'OnRay', 'make_workers']
 
 # %% ../../nbs/studies/workers.ipynb #40e5a002
-import functools, logging, os, platform
+import functools, logging, os, platform, sys
 from concurrent.futures import Future
 
 from ..core import check_number, lookup
@@ -92,10 +92,13 @@ _environment = dict(PYTHONWARNINGS='ignore::FutureWarning') # of libraries to th
 
 # %% ../../nbs/studies/workers.ipynb #40e5a009
 def _ray():
-    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0') # Ray reports its use to its makers unless it is told not to
+    for name,value in _settings.items(): os.environ.setdefault(name, value)
     try: import ray
     except ModuleNotFoundError: raise ValueError('ray is not installed: pip install "fastrain[ray]"') from None
     return ray
+
+# Ray reports its use to its makers unless it is told not to, leaves lines out that look alike, and colours them in files, too
+_settings = dict(RAY_USAGE_STATS_ENABLED='0', RAY_DEDUP_LOGS='0', RAY_COLOR_PREFIX=str(int(sys.stderr.isatty())))
 
 def _cause(error) -> Exception:
     "What went wrong in a task, or with its process"
